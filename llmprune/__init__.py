@@ -1,0 +1,46 @@
+"""One-shot pruning of Hugging Face language models.
+
+    import llmprune
+    report = llmprune.prune(model, tokenizer, calibration="wikitext2", sparsity="2:4", method="wanda")
+
+Importing this package loads neither torch nor transformers; each public name loads what it needs.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llmprune.calibration import Calibration as Calibration
+    from llmprune.errors import LLMPruneError as LLMPruneError
+    from llmprune.model import masks as masks
+    from llmprune.model import sparsity as sparsity
+    from llmprune.pattern import NM as NM
+    from llmprune.pattern import Unstructured as Unstructured
+    from llmprune.report import Report as Report
+    from llmprune.run import PruneConfig as PruneConfig
+    from llmprune.run import prune as prune
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Calibration": "calibration",
+    "LLMPruneError": "errors",
+    "NM": "pattern",
+    "PruneConfig": "run",
+    "Report": "report",
+    "Unstructured": "pattern",
+    "masks": "model",
+    "prune": "run",
+    "sparsity": "model",
+}
+__all__ = sorted(_HOME)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'llmprune' has no attribute {name!r}")
+    return getattr(import_module(f"llmprune.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

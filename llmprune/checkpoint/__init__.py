@@ -1,0 +1,1 @@
+"""Safetensors in and out: saving in one step, verifying and inspecting from the files."""

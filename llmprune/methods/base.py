@@ -1,0 +1,139 @@
+"""The contract between a method and the walk: weight, statistics and pattern in, weight and mask out.
+
+A method is a frozen dataclass whose fields are its settings on the command line (`--set key=value`),
+with a class attribute `stats` that says what it learns of its inputs. It knows no model, no file and
+no command line.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Generic, TypeVar
+
+from torch import Tensor
+
+from llmprune.errors import ConfigError, nearest
+from llmprune.pattern import Pattern, Within
+from llmprune.stats import Stats
+
+S = TypeVar("S", bound=Stats)
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What a method gives back for one matrix.
+
+    Attributes:
+        weight: [out, in], in the dtype that was given, zero where `keep` is False.
+        keep: [out, in] bool, True for the weights that stay.
+        notes: what the reader of the report must know of this matrix, such as raised damping.
+    """
+
+    weight: Tensor
+    keep: Tensor
+    notes: Mapping[str, float | int | str] = field(default_factory=dict)
+
+
+class Method(ABC, Generic[S]):
+    """One pruning method.
+
+    Class attributes:
+        name: the name it is registered under.
+        stats: the accumulator type that it learns from.
+        within: the comparison group it was published with, used unless the user chooses another.
+        exact: whether it keeps exactly the counts of the pattern; only a variant may not.
+        paper: where it comes from.
+    """
+
+    name: ClassVar[str]
+    stats: ClassVar[type[Any]]
+    within: ClassVar[Within]
+    paper: ClassVar[str]
+
+    @property
+    def exact(self) -> bool:
+        """Whether every comparison group loses exactly the pattern's count."""
+        return True
+
+    @abstractmethod
+    def prune(self, weight: Tensor, stats: S, pattern: Pattern) -> Pruned:
+        """Prune `weight` [out, in] of any floating dtype; pure: no argument is changed."""
+
+
+class Scored(Method[S]):
+    """A method that ranks weights and leaves the kept ones as they are."""
+
+    @abstractmethod
+    def score(self, weight: Tensor, stats: S) -> Tensor:
+        """Importance of each weight [out, in] in float32: the lowest goes first."""
+
+    def prune(self, weight: Tensor, stats: S, pattern: Pattern) -> Pruned:
+        """Keep the highest scores of each comparison group."""
+        keep = pattern.keep(self.score(weight, stats))
+        return Pruned(weight.where(keep, 0), keep)
+
+
+_METHODS: dict[str, type[Method[Any]]] = {}
+C = TypeVar("C", bound=type[Method[Any]])
+
+
+def register(name: str) -> Callable[[C], C]:
+    """Class decorator that makes a method known under `name`."""
+
+    def add(cls: C) -> C:
+        if name in _METHODS:
+            first = _METHODS[name].__qualname__
+            raise ValueError(f"two methods are called {name!r}: {first} and {cls.__qualname__}")
+        cls.name = name
+        _METHODS[name] = cls
+        return cls
+
+    return add
+
+
+def known() -> dict[str, type[Method[Any]]]:
+    """Every method by name, in alphabetical order."""
+    return dict(sorted(_METHODS.items()))
+
+
+def get(name: str) -> type[Method[Any]]:
+    """The method class called `name`.
+
+    Raises:
+        ConfigError: when there is none, with the nearest name.
+    """
+    if name not in _METHODS:
+        raise ConfigError(f"no method {name!r}: {nearest(name, list(_METHODS))}")
+    return _METHODS[name]
+
+
+def build(name: str, settings: Mapping[str, Any] | None = None) -> Method[Any]:
+    """The method called `name` with `settings`: values, or text as typed after `--set`.
+
+    Raises:
+        ConfigError: for a field that the method does not have, or a value of the wrong type.
+    """
+    cls = get(name)
+    kinds = {f.name: type(f.default) for f in fields(cls)}  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
+    for key, value in (settings or {}).items():
+        if key not in kinds:
+            have = nearest(key, list(kinds)) if kinds else "it has none"
+            raise ConfigError(f"{name} has no setting {key!r}: {have}")
+        values[key] = _typed(name, key, value, kinds[key])
+    return cls(**values)
+
+
+def _typed(method: str, key: str, value: Any, kind: type[Any]) -> Any:
+    """`value` as `kind`, from text or from a value that already fits."""
+    booleans = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    text = str(value).strip().lower()
+    try:
+        if kind is bool:
+            return booleans[text]
+        return kind(text) if kind in (int, float) else kind(value)
+    except (KeyError, ValueError):
+        want = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
+        raise ConfigError(f"setting {key} of {method} takes {want}, got {value!r}") from None

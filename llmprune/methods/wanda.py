@@ -1,0 +1,78 @@
+"""Wanda: a weight matters as much as its magnitude times the norm of its input.
+
+Sun et al. 2023, arXiv 2306.11695, eq. 1: score = |W_ij| * ||X_j||_2, compared within each row.
+
+Deliberate differences from the paper's code (locuslab/wanda, commit 8e8fc87): the norm is taken from the
+plain sum of squares over all tokens, not from a running mean over sequences (the same ranking); counts
+per group are exact under every comparison group. `variant` follows the paper's appendix: one
+share alpha per matrix, found by bisection, so that each row loses the weights that make up alpha of its
+score; rows then differ in count and the matrix is near the sparsity asked for, not exactly at it.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from llmprune.errors import ConfigError
+from llmprune.methods.base import Pruned, Scored, register
+from llmprune.pattern import Pattern, Unstructured, Within
+from llmprune.stats import InputNorms
+
+
+@register("wanda")
+@dataclass(frozen=True)
+class Wanda(Scored[InputNorms]):
+    """Rank by |weight| times input norm."""
+
+    variant: bool = False
+
+    stats: ClassVar[type[InputNorms]] = InputNorms
+    within: ClassVar[Within] = "row"
+    paper: ClassVar[str] = "Sun et al. 2023, arXiv 2306.11695"
+
+    @property
+    def exact(self) -> bool:
+        """The variant trades exact row counts for a common share of the score."""
+        return not self.variant
+
+    def score(self, weight: Tensor, stats: InputNorms) -> Tensor:
+        """|W| * ||X||."""
+        return weight.abs().float() * stats.norm
+
+    def prune(self, weight: Tensor, stats: InputNorms, pattern: Pattern) -> Pruned:
+        """Keep the highest scores, or with `variant` all but a common share of each row's score."""
+        if not self.variant:
+            return super().prune(weight, stats, pattern)
+        if not isinstance(pattern, Unstructured) or pattern.within not in (None, "row"):
+            raise ConfigError(
+                f"variant=true compares cumulative scores within rows; it takes a share such as 0.5 "
+                f"within rows, got {pattern}"
+            )
+        keep, alpha = keep_by_share(self.score(weight, stats), pattern.sparsity)
+        return Pruned(weight.where(keep, 0), keep, {"alpha": round(alpha, 4)})
+
+
+def keep_by_share(score: Tensor, sparsity: float) -> tuple[Tensor, float]:
+    """Keep mask of `score` [out, in] whose removed weights make up at most alpha of each row's score.
+
+    Alpha is bisected until the share removed of the matrix is within 0.001 of `sparsity`, the paper's
+    tolerance, or the interval is used up.
+
+    Returns:
+        The mask, bool [out, in], and alpha.
+    """
+    ordered, order = score.sort(dim=1, stable=True)
+    cumulative = ordered.cumsum(1)
+    total = cumulative[:, -1:]
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        alpha = (low + high) / 2
+        removed = cumulative <= alpha * total
+        share = float(removed.float().mean())
+        if abs(share - sparsity) < 1e-3:
+            break
+        low, high = (alpha, high) if share < sparsity else (low, alpha)
+    keep = torch.empty_like(removed).scatter_(1, order, ~removed)
+    return keep, alpha

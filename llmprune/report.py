@@ -1,0 +1,141 @@
+"""What was done to a model: per matrix, and as a whole; as dataclass, JSON and table.
+
+A report is plain data. `Report.as_dict()` is what `llmprune.json`, `--json` and the model card show.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+SCHEMA = 1  # raised when a reader of llmprune.json would have to change
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What happened to one matrix.
+
+    Attributes:
+        name: full module name, such as `model.layers.0.self_attn.q_proj`.
+        shape: (out, in).
+        kept: number of weights that stay.
+        sparsity: share removed.
+        weight_error: ||W - B||^2 / ||W||^2.
+        output_error: ||X (W - B)^T||^2 / ||X W^T||^2 on a sample of the calibration tokens that reach
+            it; None when no data passed through (magnitude).
+        tokens: calibration tokens behind its statistics.
+        seconds: time spent in the method.
+        skipped: why the matrix was left dense, or None.
+        notes: what the method has to say, such as raised damping.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    kept: int
+    sparsity: float
+    weight_error: float
+    output_error: float | None
+    tokens: int
+    seconds: float
+    skipped: str | None = None
+    notes: dict[str, float | int | str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PerplexityReport:
+    """One perplexity and everything needed to measure it again.
+
+    Attributes:
+        perplexity: exp of the mean over windows of the mean next-token loss in nats.
+        standard_error: of the perplexity, from the spread over windows.
+        windows: number of disjoint windows of `seqlen` tokens.
+        dataset: where the text came from.
+        protocol: one line that says how windows were made, with the BOS rule.
+        tokens_per_second: evaluated tokens over wall-clock seconds.
+    """
+
+    perplexity: float
+    standard_error: float
+    windows: int
+    seqlen: int
+    dataset: str
+    protocol: str
+    seconds: float
+    tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class CalibrationReport:
+    """Which tokens were used: `fingerprint` is the sha256 of the windows."""
+
+    source: str
+    samples: int
+    seqlen: int
+    seed: int
+    fingerprint: str
+
+
+@dataclass
+class Report:
+    """The whole run.
+
+    Attributes:
+        recipe: the settings that decide the result, as typed or by default.
+        model: what was pruned: name or path, class, parameters.
+        layers: one entry per matrix that was in reach.
+        calibration: None when the method needs no data.
+        perplexity: by name, `dense` and `pruned`, when measured.
+        seconds: wall clock by phase: `load`, `calibrate`, `prune`, ...
+        versions: of python and the packages, the platform and the device.
+    """
+
+    recipe: dict[str, Any]
+    model: dict[str, Any]
+    layers: list[LayerReport]
+    calibration: CalibrationReport | None = None
+    perplexity: dict[str, PerplexityReport] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> int:
+        """Weights in the matrices that were in reach, left dense or not."""
+        return sum(layer.shape[0] * layer.shape[1] for layer in self.layers)
+
+    @property
+    def sparsity(self) -> float:
+        """Share removed of all weights in reach."""
+        return 1 - sum(layer.kept for layer in self.layers) / max(1, self.weights)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as plain JSON types, with the totals."""
+        plain = asdict(self)
+        return {"schema": SCHEMA, "sparsity": self.sparsity, "weights": self.weights, **plain}
+
+    def to_json(self) -> str:
+        """`as_dict` as indented JSON text."""
+        return json.dumps(self.as_dict(), indent=2, allow_nan=False)
+
+    def table(self) -> str:
+        """The run in a few lines for a terminal: one row per kind of matrix, then the totals."""
+        rows: dict[str, list[LayerReport]] = {}
+        for layer in self.layers:
+            rows.setdefault(".".join(p for p in layer.name.split(".")[-2:]), []).append(layer)
+        lines = [f"{'matrix':<28} {'count':>5} {'shape':>14} {'sparsity':>9} {'output error':>13}"]
+        for kind, layers in rows.items():
+            errors = [e for e in (layer.output_error for layer in layers) if e is not None]
+            error = f"{sum(errors) / len(errors):.4f}" if errors else "-"
+            size = sum(layer.shape[0] * layer.shape[1] for layer in layers)
+            share = 1 - sum(layer.kept for layer in layers) / size
+            shape = "x".join(map(str, layers[0].shape))
+            lines.append(f"{kind:<28} {len(layers):>5} {shape:>14} {share:>9.2%} {error:>13}")
+        lines.append(f"{'all':<28} {len(self.layers):>5} {self.weights:>14,} {self.sparsity:>9.2%}")
+        if skipped := [layer for layer in self.layers if layer.skipped]:
+            lines.append(f"left dense: {len(skipped)} ({skipped[0].name}: {skipped[0].skipped})")
+        for name, result in self.perplexity.items():
+            lines.append(
+                f"perplexity {name:<8} {result.perplexity:>10.3f} +- {result.standard_error:.3f}"
+                f"   ({result.dataset}, {result.windows} windows of {result.seqlen})"
+            )
+        return "\n".join(lines)
