@@ -33,7 +33,7 @@ _HOME = {
     "prune": "run",
     "sparsity": "model",
 }
-__all__ = sorted(_HOME)  # noqa: PLE0605
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:

@@ -21,7 +21,9 @@ from llmprune.errors import ConfigError
 Within = Literal["row", "matrix", "columns"]
 """Where weights compete: one row (Wanda), the matrix (magnitude), a column block (SparseGPT)."""
 
-COLUMN_BLOCK = 128  # width of a `columns` group, SparseGPT's own default (arXiv 2301.00774, sec. 3.2)
+COLUMN_BLOCK = (
+    128  # width of a `columns` group, SparseGPT's own default (arXiv 2301.00774, sec. 3.2)
+)
 
 
 @dataclass(frozen=True)
@@ -29,26 +31,29 @@ class Unstructured:
     """Remove a share of the weights, compared within each group.
 
     `sparsity` is the share removed, strictly between 0 and 1. `within` is the comparison group; None
-    leaves the choice to the method. The count per group is `math.floor(size * sparsity)` in double
-    precision, as the papers' code counts.
+    leaves the choice to the method. `width` is the number of columns in a `columns` group. The count
+    per group is `math.floor(size * sparsity)` in double precision, as the papers' code counts.
     """
 
     sparsity: float
     within: Within | None = None
+    width: int = COLUMN_BLOCK
 
     def __post_init__(self) -> None:
         if not 0.0 < self.sparsity < 1.0:
             raise ConfigError(f"sparsity must lie strictly between 0 and 1, got {self.sparsity:g}")
         if self.within is not None and self.within not in get_args(Within):
-            raise ConfigError(f"within must be one of {', '.join(get_args(Within))}, got {self.within!r}")
+            raise ConfigError(
+                f"within must be one of {', '.join(get_args(Within))}, got {self.within!r}"
+            )
 
     def removed(self, size: int) -> int:
         """How many of a comparison group of `size` weights are removed."""
         return math.floor(size * self.sparsity)
 
-    def resolved(self, default: Within) -> Unstructured:
-        """This pattern with its comparison group decided."""
-        return self if self.within is not None else replace(self, within=default)
+    def resolved(self, default: Within, width: int = COLUMN_BLOCK) -> Unstructured:
+        """This pattern with its comparison group decided; `width` is the method's column block."""
+        return replace(self, within=self.within or default, width=width)
 
     def groups(self, score: Tensor) -> Iterator[Tensor]:
         """Views of `score` [out, in], one per set of comparison groups: each row of a view competes."""
@@ -58,8 +63,8 @@ class Unstructured:
             case "matrix":
                 yield score.reshape(1, -1)
             case "columns":
-                for start in range(0, score.shape[1], COLUMN_BLOCK):
-                    yield score[:, start : start + COLUMN_BLOCK].reshape(1, -1)
+                for start in range(0, score.shape[1], self.width):
+                    yield score[:, start : start + self.width].reshape(1, -1)
 
     def keep(self, score: Tensor) -> Tensor:
         """Keep mask of `score` [out, in]: bool [out, in], True for the weights that stay."""
@@ -94,7 +99,7 @@ class NM:
         """Share of the weights that is removed."""
         return 1 - self.n / self.m
 
-    def resolved(self, default: Within) -> NM:
+    def resolved(self, default: Within, width: int = COLUMN_BLOCK) -> NM:
         """Itself: the comparison group of n:m is always the m neighbours."""
         return self
 
@@ -157,11 +162,15 @@ def parse(text: str | float | Pattern, within: Within | None = None) -> Pattern:
     if pair := re.fullmatch(r"(\d+):(\d+)", text):
         n, m = int(pair[1]), int(pair[2])
         if 0 < m < n:
-            raise ConfigError(f"pattern {text} keeps more than there are; n:m keeps n of m: {m}:{n}?")
+            raise ConfigError(
+                f"pattern {text} keeps more than there are; n:m keeps n of m: {m}:{n}?"
+            )
         if not 0 < n < m:
             raise ConfigError(f"pattern {text} removes nothing or everything; n:m needs 0 < n < m")
         if within:
-            raise ConfigError(f"within={within} needs a share such as 0.5; {text} compares m neighbours")
+            raise ConfigError(
+                f"within={within} needs a share such as 0.5; {text} compares m neighbours"
+            )
         return NM(n, m)
     try:
         share = float(text)

@@ -57,6 +57,10 @@ class Method(ABC, Generic[S]):
         """Whether every comparison group loses exactly the pattern's count."""
         return True
 
+    def resolve(self, pattern: Pattern) -> Pattern:
+        """`pattern` with its comparison group decided: the user's choice, else the method's own."""
+        return pattern.resolved(self.within)
+
     @abstractmethod
     def prune(self, weight: Tensor, stats: S, pattern: Pattern) -> Pruned:
         """Prune `weight` [out, in] of any floating dtype; pure: no argument is changed."""

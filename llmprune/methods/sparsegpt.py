@@ -4,8 +4,10 @@ Frantar and Alistarh 2023, arXiv 2301.00774, algorithm 1. With G = X^T X (damped
 cheapest weights by (w / U_jj)^2 go, and each removal's error w / U_jj is spread over the columns to
 the right. Columns are solved `block` at a time; the comparison group is one such block over all rows.
 
-Deliberate differences from the paper's code (IST-DASLab/sparsegpt, commit 147d215): counts are exact
-(theirs removes one weight too many per column block, more on ties); features that were zero on every token do
+Deliberate differences from the paper's code (IST-DASLab/sparsegpt, commit 147d215): counts are exact.
+Theirs removes one weight too many per column block, more on ties; here the sweep does the same, and what
+it removed beyond the count comes back at the end, with the value that suits its finished row best, so
+that the layer error is never above theirs. Features that were zero on every token do
 not count in the mean that damping is a share of; G is a plain sum (theirs is scaled by 2/N, which cancels); U
 comes from one Cholesky in reversed order; a Gram matrix that is not positive definite gets its damping
 raised tenfold, reported, up to a limit. `within=row` asks the same of each row, block by block;
@@ -40,24 +42,41 @@ class SparseGPT(Method[Gram]):
 
     def __post_init__(self) -> None:
         if not 0 <= self.damping <= 1:
-            raise ConfigError(f"damping is a share of the mean diagonal, 0 to 1, got {self.damping:g}")
+            raise ConfigError(
+                f"damping is a share of the mean diagonal, 0 to 1, got {self.damping:g}"
+            )
         if self.block < 1:
             raise ConfigError(f"block is a number of columns, at least 1, got {self.block}")
+
+    def resolve(self, pattern: Pattern) -> Pattern:
+        """The comparison group is one column block of this method's own width."""
+        return pattern.resolved(self.within, self.block)
 
     def prune(self, weight: Tensor, stats: Gram, pattern: Pattern) -> Pruned:
         """Sweep the columns of `weight` [out, in] from left to right."""
         factor = stats.inverse_factor(self.damping)
-        w = weight.float().clone()
+        dense = weight.float()
+        w = dense.clone()
         w[:, factor.dead] = 0
-        keep = self._sweep(w, factor.upper, pattern)
+        keep, spare = self._sweep(w, factor.upper, pattern)
+        w.mul_(keep)
+        for row, column in spare.tolist():
+            _bring_back(w, dense, stats.gram, row, column)
+        keep[spare[:, 0], spare[:, 1]] = True
         notes = {"damping": factor.damping} if factor.raised else {}
-        return Pruned(w.mul_(keep).to(weight.dtype), keep, notes)
+        return Pruned(w.to(weight.dtype), keep, notes)
 
-    def _sweep(self, w: Tensor, upper: Tensor, pattern: Pattern) -> Tensor:
-        """Prune and update `w` [out, in] float32 in place; returns the keep mask."""
-        rows, columns = w.shape
+    def _sweep(self, w: Tensor, upper: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
+        """Prune and update `w` [out, in] float32 in place.
+
+        Returns:
+            The keep mask, bool [out, in]; and the weights that the sweep removed beyond the count,
+            [n, 2] int64 rows and columns.
+        """
+        columns = w.shape[1]
         diagonal = upper.diagonal()
         keep = torch.ones_like(w, dtype=torch.bool)
+        spare = [torch.empty(0, 2, dtype=torch.int64, device=w.device)]
         chosen = isinstance(pattern, Unstructured) and pattern.within == "matrix"
         if chosen:
             keep = pattern.keep((w / diagonal).square())
@@ -68,31 +87,65 @@ class SparseGPT(Method[Gram]):
             end = min(start + width, columns)
             if isinstance(pattern, Unstructured) and not chosen:
                 score = (w[:, start:end] / diagonal[start:end]).square()
-                keep[:, start:end] = _keep_block(score, start, pattern)
-            u = upper[start:end, start:end]
+                keep[:, start:end], more = _keep_block(score, start, pattern)
+                spare.append(more + more.new_tensor([0, start]))
             # columns lie in rows of `wt`, so that every step reads and writes memory in order
             wt = w[:, start:end].T.contiguous()
             kt = keep[:, start:end].T.contiguous()
-            errors = torch.empty_like(wt)
-            for j in range(end - start):
-                if isinstance(pattern, NM) and j % pattern.m == 0:
-                    d = diagonal[start + j : start + j + pattern.m, None]
-                    group = (wt[j : j + pattern.m] / d).square()
-                    kt[j : j + pattern.m] = pattern.keep(group.T.contiguous()).T
-                torch.mul(wt[j], ~kt[j], out=errors[j]).div_(u[j, j])
-                if j + 1 < end - start:
-                    wt[j + 1 :].addr_(u[j, j + 1 :], errors[j], alpha=-1)
+            errors = _solve(wt, kt, upper[start:end, start:end], pattern)
             w[:, start:end] = wt.T
             keep[:, start:end] = kt.T
             if end < columns:
                 w[:, end:].addmm_(errors.T, upper[start:end, end:], alpha=-1)
-        return keep
+        return keep, torch.cat(spare)
 
 
-def _keep_block(score: Tensor, start: int, pattern: Unstructured) -> Tensor:
-    """Keep mask of one column block's `score` [out, width], which begins at column `start`."""
+def _solve(wt: Tensor, kt: Tensor, u: Tensor, pattern: Pattern) -> Tensor:
+    """Sweep one column block, transposed: `wt` and its mask `kt` [width, out] change in place.
+
+    For n:m the mask is chosen here, group by group, from the weights as they then are.
+
+    Returns:
+        The error of each removed weight over U_jj, [width, out] float32.
+    """
+    width = len(wt)
+    errors = torch.empty_like(wt)
+    for j in range(width):
+        if isinstance(pattern, NM) and j % pattern.m == 0:
+            d = u.diagonal()[j : j + pattern.m, None]
+            group = (wt[j : j + pattern.m] / d).square()
+            kt[j : j + pattern.m] = pattern.keep(group.T.contiguous()).T
+        torch.mul(wt[j], ~kt[j], out=errors[j]).div_(u[j, j])
+        if j + 1 < width:
+            wt[j + 1 :].addr_(u[j, j + 1 :], errors[j], alpha=-1)
+    return errors
+
+
+def _keep_block(score: Tensor, start: int, pattern: Unstructured) -> tuple[Tensor, Tensor]:
+    """What one column block keeps, by its `score` [out, width]; it begins at column `start`.
+
+    Returns:
+        The mask that the sweep works with, bool [out, width]; and what that mask removes beyond the
+        count, [n, 2] int64 rows and columns.
+    """
     rows, width = score.shape
-    if pattern.within == "row":  # what the row has lost by the end of the block, less what it lost before
+    if (
+        pattern.within == "row"
+    ):  # what the row has lost by the end of the block, less what it lost before
         quota = pattern.removed(start + width) - pattern.removed(start)
-        return keep_highest(score, quota)
-    return keep_highest(score.reshape(1, -1), pattern.removed(rows * width)).reshape(rows, width)
+        return keep_highest(score, quota), torch.empty(0, 2, dtype=torch.int64, device=score.device)
+    removed = pattern.removed(rows * width)
+    exact = keep_highest(score.reshape(1, -1), removed).reshape(rows, width)
+    paper = score > score[exact].min()  # `<=` the next score goes too: one too many, more on ties
+    return paper, (exact & ~paper).nonzero()
+
+
+def _bring_back(w: Tensor, dense: Tensor, gram: Tensor, row: int, column: int) -> None:
+    """Give the pruned weight w[row, column] the value that minimises its finished row's error.
+
+    With E = dense - w, the error E G E^T has its minimum along this one weight at a step of
+    (E G)_column / G_column,column.
+    """
+    scale = float(gram[column, column])
+    if scale > 0:
+        w[row, column] += (dense[row] - w[row]) @ gram[:, column] / scale

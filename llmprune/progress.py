@@ -1,0 +1,38 @@
+"""A progress bar with block, layer and time left, on stderr."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Self
+
+from tqdm import tqdm
+
+
+class Bar:
+    """Counts steps; shown only after two seconds, so that short runs stay quiet."""
+
+    def __init__(self, total: int, title: str, *, enabled: bool = True) -> None:
+        self._bar = tqdm(
+            total=total,
+            desc=title,
+            disable=not enabled,
+            delay=2,
+            dynamic_ncols=True,
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}] {postfix}",
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.close()
+
+    def step(self, block: int, blocks: int, doing: str) -> None:
+        """One step further: `doing` in `block` of `blocks`, counted from 0."""
+        self._bar.set_postfix_str(f"{min(block + 1, blocks)}/{blocks} {doing}", refresh=False)
+        self._bar.update()

@@ -1,0 +1,350 @@
+"""The whole run on one page: calibrate, check the walk, prune block by block, report.
+
+`prune` does it to a model in memory, in place; `job.run` wraps it for the command line with loading,
+perplexity, saving and pushing.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from llmprune import calibration as calibrations
+from llmprune import methods
+from llmprune.calibration import Calibration
+from llmprune.errors import ConfigError, DataError, ModelError
+from llmprune.methods.base import Method
+from llmprune.model import Matrix, blocks, check_weights, matrices, max_seqlen
+from llmprune.pattern import Pattern, Within, parse
+from llmprune.preserve import evaluating, random_state
+from llmprune.progress import Bar
+from llmprune.report import LayerReport, Report
+from llmprune.walk import Task, Walker, prune_blocks, prune_matrix, ragged_error
+
+TOKENS_AT_ONCE = (
+    4096  # default batch; larger ones gained under 3% on two CPU cores, see benchmarks/
+)
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """Every setting that decides the result; all of it goes into the report.
+
+    Attributes:
+        sparsity: share removed (0.5) or kept:group ("2:4").
+        method: name of a file in `llmprune.methods`.
+        settings: the method's own fields.
+        within: comparison group of a share; None is the method's own.
+        ragged: `error` refuses a matrix whose rows n:m does not divide, `dense` leaves it alone.
+        targets: which matrices; none given means all of the decoder blocks but routers.
+        ignore: which of them not.
+        calibration: dataset, file, `demo`, list of texts, ids [n, seqlen], or DataLoader.
+        text_column: column of the dataset that holds the text.
+        samples: number of windows; None is 128 for text and all that are given for ids.
+        seqlen: tokens per window; None is min(2048, what the model allows).
+        seed: of the choice of windows.
+        batch_size: windows at once; None is about 4096 tokens. Does not change results beyond rounding.
+    """
+
+    sparsity: float | str | Pattern = 0.5
+    method: str = "wanda"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    within: Within | None = None
+    ragged: Literal["error", "dense"] = "error"
+    targets: Sequence[str] = ()
+    ignore: Sequence[str] = ()
+    calibration: Any = "wikitext2"
+    text_column: str | None = None
+    samples: int | None = None
+    seqlen: int | None = None
+    seed: int = 0
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        self.built()
+        if self.ragged not in ("error", "dense"):
+            raise ConfigError(f"ragged is error or dense, got {self.ragged!r}")
+        for name in ("samples", "seqlen", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < (2 if name == "seqlen" else 1):
+                raise ConfigError(f"{name} must be a positive number, got {value}")
+        if isinstance(self.targets, str) or isinstance(self.ignore, str):
+            raise ConfigError("targets and ignore are lists of names, not one text")
+
+    def built(self) -> tuple[Method[Any], Pattern]:
+        """The method and the pattern these settings stand for.
+
+        Raises:
+            ConfigError: when a name or value makes no sense.
+        """
+        method = methods.build(self.method, self.settings)
+        pattern = method.resolve(parse(self.sparsity, self.within))
+        return method, pattern
+
+    def recipe(self) -> dict[str, Any]:
+        """The settings as plain JSON types, with defaults spelled out."""
+        method, pattern = self.built()
+        return {
+            "method": self.method,
+            "settings": asdict(method),  # type: ignore[call-overload]
+            "sparsity": str(pattern),
+            "within": getattr(pattern, "within", f"{pattern} neighbours"),
+            "ragged": self.ragged,
+            "targets": list(self.targets),
+            "ignore": list(self.ignore),
+            "text_column": self.text_column,
+            "batch_size": self.batch_size,
+        }
+
+
+def prune(
+    model: nn.Module,
+    tokenizer: Any = None,
+    *,
+    calibration: Any = "wikitext2",
+    sparsity: float | str | Pattern = 0.5,
+    method: str = "wanda",
+    settings: Mapping[str, Any] | None = None,
+    within: Within | None = None,
+    ragged: Literal["error", "dense"] = "error",
+    targets: Sequence[str] = (),
+    ignore: Sequence[str] = (),
+    text_column: str | None = None,
+    samples: int | None = None,
+    seqlen: int | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    progress: bool = True,
+) -> Report:
+    """Prune a causal language model of transformers, in place.
+
+    Safe in the middle of a training script: train or eval mode, gradients, hooks, cache setting and
+    random state are as before afterwards, also after an exception (matrices pruned by then stay
+    pruned). Weights are written into the existing parameters, so optimizers keep working.
+
+    Args:
+        model: on CPU or CUDA, in float32, bfloat16 or float16; statistics are summed in float32.
+        tokenizer: needed when `calibration` is text.
+        calibration: dataset, file, `demo`, texts, ids [n, seqlen], or DataLoader.
+        sparsity: share removed (0.5) or kept:group ("2:4").
+        method: name of a method.
+        settings: the method's own fields.
+        within: comparison group of a share; None is the method's own.
+        ragged: what to do with rows that n:m does not divide.
+        targets: which matrices; none given means all of the decoder blocks.
+        ignore: which of them not.
+        text_column: column of the dataset that holds the text.
+        samples: number of windows.
+        seqlen: tokens per window.
+        seed: of the choice of windows.
+        batch_size: windows at once.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        What was done to every matrix. `Report.perplexity` is empty: measure it with
+        `llmprune.eval.perplexity`.
+
+    Raises:
+        LLMPruneError: one of its kinds, with a message that says what would work.
+    """
+    config = PruneConfig(
+        sparsity=sparsity,
+        method=method,
+        settings=settings or {},
+        within=within,
+        ragged=ragged,
+        targets=targets,
+        ignore=ignore,
+        calibration=calibration,
+        text_column=text_column,
+        samples=samples,
+        seqlen=seqlen,
+        seed=seed,
+        batch_size=batch_size,
+    )
+    return prune_with(config, model, tokenizer, progress=progress)
+
+
+def prune_with(
+    config: PruneConfig,
+    model: nn.Module,
+    tokenizer: Any = None,
+    *,
+    progress: bool = True,
+    say: Callable[[str], None] = lambda line: None,
+    on_mask: Callable[[Matrix, LayerReport, Tensor], None] = lambda matrix, report, keep: None,
+) -> Report:
+    """`prune` with its settings in one object; `on_mask` sees every keep mask, bool [out, in]."""
+    model = unwrapped(model)
+    method, pattern = config.built()
+    chosen = matrices(model, config.targets, config.ignore)
+    check_fit(chosen, pattern, config.ragged)
+    check_weights(chosen)
+    seconds: dict[str, float] = {}
+    data = None
+    if method.stats.needs_data:
+        begun = time.perf_counter()
+        data = calibrate(config, max_seqlen(model.config), tokenizer, progress=progress)
+        check_vocabulary(data, model)
+        seconds["calibration"] = time.perf_counter() - begun
+        say(
+            f"calibrating on {len(data.ids)} windows of {data.ids.shape[1]} tokens from {data.source}"
+        )
+    else:
+        say(f"{config.method} looks at the weights alone: no calibration data is read")
+    begun = time.perf_counter()
+    layers: list[LayerReport] = []
+    task = Task(method, pattern, config.ragged == "dense")
+    with evaluating(model), random_state(model):
+        for matrix, report, keep in _pruned(model, chosen, task, data, config, progress):
+            layers.append(report)
+            on_mask(matrix, report, keep)
+    seconds["prune"] = time.perf_counter() - begun
+    result = Report(
+        recipe=config.recipe(),
+        model=describe(model),
+        layers=layers,
+        calibration=data.report() if data else None,
+        seconds=seconds,
+        versions=versions(next(model.parameters()).device),
+    )
+    if result.sparsity == 0:
+        raise ConfigError(f"{pattern} removes no weight of any matrix; raise the sparsity")
+    return result
+
+
+def _pruned(
+    model: nn.Module,
+    chosen: Sequence[Matrix],
+    task: Task,
+    data: Calibration | None,
+    config: PruneConfig,
+    progress: bool,
+) -> Iterable[tuple[Matrix, LayerReport, Tensor]]:
+    """Prune every chosen matrix, with calibration data or from the weights alone."""
+    if data is None:
+        with Bar(len(chosen), "pruning", enabled=progress) as bar:
+            for done, matrix in enumerate(chosen):
+                bar.step(done, len(chosen), matrix.name)
+                yield prune_matrix(matrix, task.method.stats(), None, task)
+        return
+    size = config.batch_size or max(1, TOKENS_AT_ONCE // data.ids.shape[1])
+    walker = Walker(model, blocks(model)[1], list(data.batches(size)))
+    walker.self_check()
+    with Bar(walker.steps(chosen), "pruning", enabled=progress) as bar:
+        yield from prune_blocks(walker, chosen, task, bar.step)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The transformers model inside `torch.compile` or data-parallel wrappers.
+
+    Raises:
+        ModelError: for a model with adapters, whose own matrices must not be pruned.
+    """
+    for attribute in ("_orig_mod", "module"):
+        inner = getattr(model, attribute, None)
+        if isinstance(inner, nn.Module):
+            model = inner
+    if getattr(model, "peft_config", None):
+        raise ModelError("the model carries adapters; merge_and_unload() them before pruning")
+    if getattr(model, "quantization_method", None) or getattr(model, "is_quantized", False):
+        raise ModelError("the model is quantised; prune the original, then quantise")
+    return model
+
+
+def check_fit(chosen: Sequence[Matrix], pattern: Pattern, ragged: str) -> None:
+    """Refuse a pattern that some matrix, or under `ragged` dense every matrix, cannot take."""
+    unfit = [m for m in chosen if not pattern.fits(m.shape[1])]
+    if unfit and ragged == "error":
+        raise ragged_error(unfit[0], pattern)
+    if len(unfit) == len(chosen):
+        widths = sorted({m.shape[1] for m in chosen})
+        raise ConfigError(
+            f"no matrix can take {pattern}: rows are {', '.join(map(str, widths))} wide"
+        )
+
+
+def calibrate(
+    config: PruneConfig, limit: int | None, tokenizer: Any, *, progress: bool
+) -> Calibration:
+    """The calibration windows that `config` asks for, for a model that reads `limit` tokens.
+
+    Raises:
+        ConfigError: windows beyond `limit`.
+        DataError: data that cannot be read or is too short.
+    """
+    if config.seqlen is not None and limit is not None and config.seqlen > limit:
+        raise ConfigError(
+            f"seqlen {config.seqlen} is beyond the {limit} tokens that the model allows"
+        )
+    data = calibrations.load(
+        config.calibration,
+        tokenizer,
+        samples=config.samples,
+        seqlen=config.seqlen,
+        seed=config.seed,
+        text_column=config.text_column,
+        model_limit=limit,
+        progress=progress,
+    )
+    if limit is not None and data.ids.shape[1] > limit:
+        raise ConfigError(f"windows of {data.ids.shape[1]} tokens; the model allows {limit}")
+    return data
+
+
+def check_vocabulary(data: Calibration, model: Any) -> None:
+    """Refuse token ids that the model has no embedding for."""
+    size = model.get_input_embeddings().weight.shape[0]
+    low, high = int(data.ids.min()), int(data.ids.max())
+    if low < 0 or high >= size:
+        raise DataError(
+            f"{data.source} has token ids from {low} to {high}, the model knows 0 to {size - 1}; "
+            "tokenise with the tokenizer of this model"
+        )
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """What was pruned, as plain JSON types."""
+    config: Any = model.config
+    return {
+        "name": getattr(config, "_name_or_path", "") or type(model).__name__,
+        "class": type(model).__name__,
+        "model_type": config.model_type,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "attention": getattr(config, "_attn_implementation", None),
+    }
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """Everything that a number depends on: packages, interpreter, machine and device."""
+    packages = ("llmprune", "torch", "transformers", "safetensors", "datasets", "accelerate")
+    found = {"python": sys.version.split()[0], "platform": platform.platform()}
+    for name in packages:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    gpu = device.type == "cuda"
+    found["device"] = torch.cuda.get_device_name(device) if gpu else f"cpu ({_processor()})"
+    found["threads"] = str(torch.get_num_threads())
+    return found
+
+
+def _processor() -> str:
+    """The processor's name where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,427 @@
+"""Block by block through the model's own forward: observe, prune, pass the pruned outputs on.
+
+To run block i alone, the model's own forward is called with every other block skipped: blocks before it
+give their input back untouched, the one just before it gives the stored hidden state, block i runs with
+whatever arguments the model itself passes, and then the forward is stopped. Masks, rotary tables and
+per-layer arguments are thus always the model's own, for any family. A self-check holds this against one
+plain forward before a weight is touched.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from llmprune.errors import ModelError, NumericalError, WalkError
+from llmprune.methods.base import Method, Pruned
+from llmprune.model import Matrix
+from llmprune.pattern import NM, Pattern
+from llmprune.report import LayerReport
+from llmprune.stats import InputSample, Stats
+
+
+class _Stop(Exception):
+    """Ends a forward once the block of interest has run."""
+
+
+def _hidden(output: Any) -> Tensor:
+    """The hidden state in what a block returns: a tensor, or the first of a tuple or list."""
+    return cast(Tensor, output if isinstance(output, Tensor) else output[0])
+
+
+class Walker:
+    """Runs single blocks of a model on stored hidden states.
+
+    Attributes:
+        model: the whole model; its parameters are never changed here.
+        layers: its decoder blocks.
+        batches: token ids, each [batch, seqlen] int64, on any device.
+    """
+
+    def __init__(self, model: nn.Module, layers: nn.ModuleList, batches: Sequence[Tensor]) -> None:
+        self.model = model
+        self.layers = layers
+        self.batches = batches
+        self.device = next(model.parameters()).device
+        self._extras: list[Any] = [None] * len(layers)
+
+    def forward(self, ids: Tensor) -> None:
+        """The model's own forward on `ids` [batch, seqlen], up to where a block stops it."""
+        try:
+            self.model(input_ids=ids.to(self.device), use_cache=False)
+        except _Stop:
+            return
+
+    def _wrap(self, index: int, hidden: Tensor) -> Any:
+        """`hidden` in the container that block `index` returns it in."""
+        template = self._extras[index]
+        return hidden if template is None else type(template)([hidden, *template[1:]])
+
+    @contextmanager
+    def only(
+        self, index: int, hidden: Tensor | None, then: Callable[[Tensor], None] | None
+    ) -> Iterator[None]:
+        """While open, a forward runs block `index` alone and hands its hidden state to `then`.
+
+        `hidden` is the output of the block before; None for the first block. `index` may be one past
+        the last block: then no block runs and the rest of the model follows on `hidden`.
+        """
+        with ExitStack() as restore:
+            for i, block in enumerate(self.layers):
+                own = block.__dict__.get("forward")
+                inner = block.forward
+                if i == index:
+                    block.forward = _running(inner, then)
+                elif i == index - 1:
+                    block.forward = _giving(self._wrap(i, cast(Tensor, hidden)))
+                else:
+                    block.forward = self._skipping(i)
+                restore.callback(_restore_forward, block, own)
+            yield
+
+    def _skipping(self, index: int) -> Callable[..., Any]:
+        def skip(*args: Any, **kwargs: Any) -> Any:
+            return self._wrap(index, args[0] if args else kwargs["hidden_states"])
+
+        return skip
+
+    def run(self, index: int, batch: int, hidden: Tensor | None) -> Tensor:
+        """Output [batch, seqlen, width] of block `index` on the stored output of the block before."""
+        out: list[Tensor] = []
+        with self.only(index, hidden, out.append):
+            self.forward(self.batches[batch])
+        if not out:
+            raise WalkError(
+                f"block {index} was not reached by the forward of {type(self.model).__name__}"
+            )
+        return out[0]
+
+    def rest(self, batch: int, hidden: Tensor) -> None:
+        """Everything but the blocks, on the last block's output."""
+        with self.only(len(self.layers), hidden, None):
+            self.forward(self.batches[batch])
+
+    def steps(self, matrices: Sequence[Matrix]) -> int:
+        """How often `prune_blocks` reports progress on `matrices`."""
+        inside = {m.block for m in matrices if m.block is not None}
+        outside = len(inside) == 0 or any(m.block is None for m in matrices)
+        depth = len(self.layers) if outside else max(inside) + 1
+        passes = len(inside) + (depth if outside else depth - 1)
+        return passes * len(self.batches) + len(matrices)
+
+    def self_check(self) -> None:
+        """Compare one window, block by block, with the model's plain forward; learn the containers.
+
+        Raises:
+            WalkError: when a block run alone does not give exactly what it gives in the plain forward.
+        """
+        window = self.batches[0][:1]
+        outputs: dict[int, Any] = {}
+
+        def record(index: int) -> Callable[..., None]:
+            return lambda module, args, output: outputs.__setitem__(index, output)
+
+        with ExitStack() as handles:
+            for i, block in enumerate(self.layers):
+                handles.callback(block.register_forward_hook(record(i)).remove)
+            self.model(input_ids=window.to(self.device), use_cache=False)
+        for i in range(len(self.layers)):
+            if i not in outputs:
+                raise WalkError(
+                    f"block {i} of {type(self.model).__name__} takes no part in its forward"
+                )
+            if not isinstance(outputs[i], Tensor):
+                self._extras[i] = type(outputs[i])([None, *outputs[i][1:]])
+        single = Walker(self.model, self.layers, [window])
+        single._extras = self._extras
+        hidden: Tensor | None = None
+        for i in range(len(self.layers)):
+            expected = _hidden(outputs[i])
+            hidden = single.run(i, 0, hidden)
+            if not torch.equal(hidden, expected) and not _both_nan(hidden, expected):
+                gap = float((hidden.float() - expected.float()).abs().max())
+                raise WalkError(
+                    f"block {i} of {type(self.model).__name__} run alone differs from its plain forward "
+                    f"by {gap:.3g}; this family keeps state outside its blocks, and llmprune refuses "
+                    "to prune it from wrong activations"
+                )
+        self._extras = [_without_tensors(e) for e in self._extras]
+
+
+def _both_nan(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+def _without_tensors(template: Any) -> Any:
+    """A container as a template for other batches: tensors of the check's window do not belong in it."""
+    if template is None:
+        return None
+    return type(template)([None if isinstance(x, Tensor) else x for x in template])
+
+
+def _running(
+    inner: Callable[..., Any], then: Callable[[Tensor], None] | None
+) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        out = inner(*args, **kwargs)
+        if then is not None:
+            then(_hidden(out))
+        raise _Stop
+
+    return run
+
+
+def _giving(output: Any) -> Callable[..., Any]:
+    return lambda *args, **kwargs: output
+
+
+def _restore_forward(block: nn.Module, own: Any) -> None:
+    """Put back the instance's own forward (accelerate's hooks set one), or uncover the class's."""
+    if own is None:
+        del block.forward
+    else:
+        block.forward = own
+
+
+@dataclass
+class Observed:
+    """One distinct input of a block and the matrices that read it."""
+
+    stats: Stats
+    sample: InputSample
+    readers: list[Matrix]
+
+
+class Observer:
+    """Collects statistics for the matrices of one block, once per distinct input."""
+
+    def __init__(self, method: Method[Any], tokens: int, device: torch.device) -> None:
+        self.method = method
+        self.tokens = tokens
+        self.device = device
+        self.inputs: list[Observed] = []
+        self._of: dict[str, Observed] = {}  # matrix name -> its input
+        self._fresh: list[tuple[weakref.ref[Tensor], int, Observed]] = []  # inputs of this forward
+
+    @contextmanager
+    def watching(self, matrices: Sequence[Matrix]) -> Iterator[Observer]:
+        """While open, every forward adds to the statistics of `matrices`."""
+        with ExitStack() as handles:
+            for matrix in matrices:
+                hook = matrix.module.register_forward_pre_hook(self._hook(matrix), with_kwargs=True)
+                handles.callback(hook.remove)
+            yield self
+
+    def next_batch(self) -> None:
+        """Forget which tensors were seen: a new forward begins."""
+        self._fresh.clear()
+
+    def _hook(self, matrix: Matrix) -> Callable[..., None]:
+        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._see(matrix, args[0] if args else next(iter(kwargs.values())))
+
+        return see
+
+    def _see(self, matrix: Matrix, x: Tensor) -> None:
+        same = next(
+            (o for ref, version, o in self._fresh if ref() is x and version == x._version), None
+        )
+        mine = self._of.get(matrix.name)
+        if mine is None and same is not None:  # reads what another matrix has just read
+            same.readers.append(matrix)
+            self._of[matrix.name] = same
+            return
+        if mine is not None and same is mine:
+            return  # counted already in this forward
+        if mine is None:
+            features = matrix.shape[1]
+            stats = self.method.stats.empty(features, self.device)
+            mine = Observed(stats, InputSample.of(self.tokens), [matrix])
+            self.inputs.append(mine)
+            self._of[matrix.name] = mine
+        elif mine.readers[0] is not matrix:
+            raise WalkError(
+                f"{matrix.name} shared its input with {mine.readers[0].name} in one batch and not in "
+                "another; statistics cannot be shared"
+            )
+        mine.stats.add(x)
+        mine.sample.add(x)
+        self._fresh.append((weakref.ref(x), x._version, mine))
+
+
+Progress = Callable[[int, int, str], None]
+"""Called with (block, blocks, what is being done), for a progress bar."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to do to every matrix: the same for the whole model.
+
+    Attributes:
+        method: how.
+        pattern: what may go, its comparison group decided.
+        ragged: leave a matrix dense whose rows the pattern does not divide, instead of refusing.
+    """
+
+    method: Method[Any]
+    pattern: Pattern
+    ragged: bool = False
+
+
+@torch.no_grad()
+def prune_blocks(
+    walker: Walker, matrices: Sequence[Matrix], task: Task, progress: Progress
+) -> Iterator[tuple[Matrix, LayerReport, Tensor]]:
+    """Prune `matrices` in place, block by block, yielding each with its report and keep mask.
+
+    The outputs of each pruned block are what the next block is calibrated on.
+    """
+    hidden: list[Tensor | None] = [None] * len(walker.batches)
+    total = sum(ids.numel() for ids in walker.batches)
+    last = max((m.block for m in matrices if m.block is not None), default=-1)
+    outside = [m for m in matrices if m.block is None]
+    depth = len(walker.layers) if outside else last + 1
+    for index in range(depth):
+        here = [m for m in matrices if m.block == index]
+        if here:
+            observer = Observer(task.method, total, walker.device)
+            with observer.watching(here):
+                for b in range(len(walker.batches)):
+                    progress(index, depth, f"observing {b + 1}/{len(walker.batches)}")
+                    observer.next_batch()
+                    walker.run(index, b, hidden[b])
+            yield from _prune_observed(observer, here, task, index, depth, progress)
+            del observer
+        if index + 1 < depth or outside:
+            for b in range(len(walker.batches)):
+                progress(index, depth, f"passing on {b + 1}/{len(walker.batches)}")
+                hidden[b] = walker.run(index, b, hidden[b])
+    if outside:
+        observer = Observer(task.method, total, walker.device)
+        with observer.watching(outside):
+            for b in range(len(walker.batches)):
+                observer.next_batch()
+                walker.rest(b, cast(Tensor, hidden[b]))
+        yield from _prune_observed(observer, outside, task, depth, depth, progress)
+
+
+def _prune_observed(
+    observer: Observer,
+    here: Sequence[Matrix],
+    task: Task,
+    index: int,
+    depth: int,
+    progress: Progress,
+) -> Iterator[tuple[Matrix, LayerReport, Tensor]]:
+    """Prune the matrices of one block once their inputs are known."""
+    reached = {m.name for seen in observer.inputs for m in seen.readers}
+    for matrix in here:
+        if matrix.name not in reached:
+            raise WalkError(
+                f"{matrix.name} takes no part in the forward; leave it out with --ignore"
+            )
+    for seen in observer.inputs:
+        if not seen.stats.finite():
+            names = ", ".join(m.name for m in seen.readers)
+            raise NumericalError(f"NaN or Inf in the activations that enter {names}")
+        for matrix in seen.readers:
+            progress(index, depth, matrix.name)
+            yield prune_matrix(matrix, seen.stats, seen.sample, task)
+
+
+def prune_matrix(
+    matrix: Matrix, stats: Stats, sample: InputSample | None, task: Task
+) -> tuple[Matrix, LayerReport, Tensor]:
+    """Prune one matrix in place and check what came out.
+
+    Returns:
+        The matrix, its report and its keep mask, bool [out, in].
+    """
+    begun = time.perf_counter()
+    dense = matrix.weight
+    if not task.pattern.fits(dense.shape[1]):
+        if not task.ragged:
+            raise ragged_error(matrix, task.pattern)
+        keep = torch.ones_like(dense, dtype=torch.bool)
+        report = _report(matrix, dense, Pruned(dense, keep), stats, sample, begun)
+        return (
+            matrix,
+            replace(report, skipped=f"rows of {dense.shape[1]} under {task.pattern}"),
+            keep,
+        )
+    try:
+        pruned = task.method.prune(dense, stats, task.pattern)
+    except NumericalError as error:
+        raise NumericalError(f"{matrix.name}: {error}") from error
+    _hold(matrix, pruned, task)
+    report = _report(matrix, dense, pruned, stats, sample, begun)
+    matrix.write(pruned.weight)
+    return matrix, report, pruned.keep
+
+
+def ragged_error(matrix: Matrix, pattern: Pattern) -> ModelError:
+    """The error for rows that n:m does not divide."""
+    return ModelError(
+        f"{matrix.name} has rows of {matrix.shape[1]} weights, which {pattern} does not divide; "
+        "choose another pattern, --ignore it, or leave such matrices alone with --ragged dense"
+    )
+
+
+def _hold(matrix: Matrix, pruned: Pruned, task: Task) -> None:
+    """Invariants of every result: shape, finite, zero outside the mask, exact counts."""
+    weight, keep = pruned.weight, pruned.keep
+    wrong = None
+    if weight.shape != keep.shape or tuple(weight.shape) != matrix.shape:
+        wrong = f"shape {tuple(weight.shape)} for {matrix.shape}"
+    elif not bool(weight.isfinite().all()):
+        wrong = "NaN or Inf weights"
+    elif bool((weight.ne(0) & ~keep).any()):
+        wrong = "weights outside its own mask"
+    elif task.method.exact and (bad := _miscounted(keep, task.pattern)):
+        wrong = bad
+    if wrong:
+        raise NumericalError(f"{task.method.name} gave {wrong} at {matrix.name}")
+
+
+def _miscounted(keep: Tensor, pattern: Pattern) -> str | None:
+    """What is wrong with the counts of `keep` [out, in], or None."""
+    if isinstance(pattern, NM):
+        groups = keep.reshape(-1, pattern.m).sum(1)
+        return None if bool((groups == pattern.n).all()) else f"groups that are not {pattern}"
+    for group in pattern.groups(keep):
+        size = group.shape[1]
+        kept = group.sum(1)
+        if not bool((kept == size - pattern.removed(size)).all()):
+            return f"a count that is not {size - pattern.removed(size)} kept of {size}"
+    return None
+
+
+def _report(
+    matrix: Matrix,
+    dense: Tensor,
+    pruned: Pruned,
+    stats: Stats,
+    sample: InputSample | None,
+    begun: float,
+) -> LayerReport:
+    kept = int(pruned.keep.sum())
+    change = (dense.float() - pruned.weight.float()).square().sum()
+    size = dense.float().square().sum().clamp_min(1e-30)
+    return LayerReport(
+        name=matrix.name,
+        shape=matrix.shape,
+        kept=kept,
+        sparsity=1 - kept / dense.numel(),
+        weight_error=float(change / size),
+        output_error=sample.error(dense, pruned.weight) if sample is not None else None,
+        tokens=stats.tokens,
+        seconds=time.perf_counter() - begun,
+        notes=dict(pruned.notes),
+    )
