@@ -27,8 +27,9 @@ from llmprune.model import Matrix, blocks, check_weights, matrices, max_seqlen
 from llmprune.pattern import Pattern, Within, parse
 from llmprune.preserve import evaluating, random_state
 from llmprune.progress import Bar
+from llmprune.prune_matrix import Task, prune_matrix, ragged_error
 from llmprune.report import LayerReport, Report
-from llmprune.walk import Task, Walker, prune_blocks, prune_matrix, ragged_error
+from llmprune.walk import Walker, prune_blocks
 
 TOKENS_AT_ONCE = (
     4096  # default batch; larger ones gained under 3% on two CPU cores, see benchmarks/
@@ -233,9 +234,11 @@ def _pruned(
     """Prune every chosen matrix, with calibration data or from the weights alone."""
     if data is None:
         with Bar(len(chosen), "pruning", enabled=progress) as bar:
-            for done, matrix in enumerate(chosen):
-                bar.step(done, len(chosen), matrix.name)
-                yield prune_matrix(matrix, task.method.stats(), None, task)
+            for index, matrix in enumerate(chosen):
+                bar.step(index, len(chosen), matrix.name)
+                done = prune_matrix(matrix, task.method.stats(), None, task)
+                done.settle()
+                yield matrix, done.report, done.keep
         return
     size = config.batch_size or max(1, TOKENS_AT_ONCE // data.ids.shape[1])
     walker = Walker(model, blocks(model)[1], list(data.batches(size)))

@@ -173,17 +173,19 @@ class InverseFactor:
         """Factor `gram` [features, features], raising `damping` tenfold until it succeeds.
 
         One Cholesky of the matrix in reversed order gives G = V V^T with V upper triangular, and
-        U = V^-1: half the work of inverting and factoring again, and no explicit inverse to round.
+        U = V^-1: half the work of inverting and factoring again, and no explicit inverse to round. In
+        float64, because the rounding of a float32 factor alone turns one mask bit in a thousand at 60%
+        on a 5M-parameter Llama.
         """
-        diagonal = gram.diagonal()
+        diagonal = gram.diagonal().double()
         dead = diagonal == 0
         live_mean = diagonal[~dead].mean() if not bool(dead.all()) else diagonal.new_ones(())
         raised = 0
         while True:
-            damped = gram.clone()
-            damped.diagonal()[dead] = live_mean
+            damped = gram.double().flip(0, 1)
+            damped.diagonal().copy_(diagonal.where(~dead, live_mean).flip(0))
             damped.diagonal().add_(live_mean, alpha=damping)
-            lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
+            lower, info = torch.linalg.cholesky_ex(damped)
             if int(info) == 0 and bool(lower.diagonal().isfinite().all()):
                 break
             if damping * 10 > cls.LIMIT:
@@ -192,9 +194,9 @@ class InverseFactor:
                     f"(limit {cls.LIMIT:g}); use more calibration samples or check the activations"
                 )
             damping, raised = max(damping, 1e-6) * 10, raised + 1
-        eye = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
+        eye = torch.eye(gram.shape[0], dtype=lower.dtype, device=gram.device)
         upper = torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1)
-        return cls(upper, dead, damping, raised)
+        return cls(upper.to(gram.dtype), dead, damping, raised)
 
 
 class InputSample:

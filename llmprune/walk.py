@@ -9,22 +9,18 @@ plain forward before a weight is touched.
 
 from __future__ import annotations
 
-import time
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from llmprune.errors import ModelError, NumericalError, WalkError
-from llmprune.methods.base import Method, Pruned
+from llmprune.errors import NumericalError, WalkError
 from llmprune.model import Matrix
-from llmprune.pattern import NM, Pattern
+from llmprune.observe import Observer
+from llmprune.prune_matrix import Done, Task, prune_matrix
 from llmprune.report import LayerReport
-from llmprune.stats import InputSample, Stats
 
 
 class _Stop(Exception):
@@ -190,89 +186,8 @@ def _restore_forward(block: nn.Module, own: Any) -> None:
         block.forward = own
 
 
-@dataclass
-class Observed:
-    """One distinct input of a block and the matrices that read it."""
-
-    stats: Stats
-    sample: InputSample
-    readers: list[Matrix]
-
-
-class Observer:
-    """Collects statistics for the matrices of one block, once per distinct input."""
-
-    def __init__(self, method: Method[Any], tokens: int, device: torch.device) -> None:
-        self.method = method
-        self.tokens = tokens
-        self.device = device
-        self.inputs: list[Observed] = []
-        self._of: dict[str, Observed] = {}  # matrix name -> its input
-        self._fresh: list[tuple[weakref.ref[Tensor], int, Observed]] = []  # inputs of this forward
-
-    @contextmanager
-    def watching(self, matrices: Sequence[Matrix]) -> Iterator[Observer]:
-        """While open, every forward adds to the statistics of `matrices`."""
-        with ExitStack() as handles:
-            for matrix in matrices:
-                hook = matrix.module.register_forward_pre_hook(self._hook(matrix), with_kwargs=True)
-                handles.callback(hook.remove)
-            yield self
-
-    def next_batch(self) -> None:
-        """Forget which tensors were seen: a new forward begins."""
-        self._fresh.clear()
-
-    def _hook(self, matrix: Matrix) -> Callable[..., None]:
-        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._see(matrix, args[0] if args else next(iter(kwargs.values())))
-
-        return see
-
-    def _see(self, matrix: Matrix, x: Tensor) -> None:
-        same = next(
-            (o for ref, version, o in self._fresh if ref() is x and version == x._version), None
-        )
-        mine = self._of.get(matrix.name)
-        if mine is None and same is not None:  # reads what another matrix has just read
-            same.readers.append(matrix)
-            self._of[matrix.name] = same
-            return
-        if mine is not None and same is mine:
-            return  # counted already in this forward
-        if mine is None:
-            features = matrix.shape[1]
-            stats = self.method.stats.empty(features, self.device)
-            mine = Observed(stats, InputSample.of(self.tokens), [matrix])
-            self.inputs.append(mine)
-            self._of[matrix.name] = mine
-        elif mine.readers[0] is not matrix:
-            raise WalkError(
-                f"{matrix.name} shared its input with {mine.readers[0].name} in one batch and not in "
-                "another; statistics cannot be shared"
-            )
-        mine.stats.add(x)
-        mine.sample.add(x)
-        self._fresh.append((weakref.ref(x), x._version, mine))
-
-
 Progress = Callable[[int, int, str], None]
 """Called with (block, blocks, what is being done), for a progress bar."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """What to do to every matrix: the same for the whole model.
-
-    Attributes:
-        method: how.
-        pattern: what may go, its comparison group decided.
-        ragged: leave a matrix dense whose rows the pattern does not divide, instead of refusing.
-    """
-
-    method: Method[Any]
-    pattern: Pattern
-    ragged: bool = False
 
 
 @torch.no_grad()
@@ -290,6 +205,7 @@ def prune_blocks(
     depth = len(walker.layers) if outside else last + 1
     for index in range(depth):
         here = [m for m in matrices if m.block == index]
+        done: list[Done] = []
         if here:
             observer = Observer(task.method, total, walker.device)
             with observer.watching(here):
@@ -297,19 +213,25 @@ def prune_blocks(
                     progress(index, depth, f"observing {b + 1}/{len(walker.batches)}")
                     observer.next_batch()
                     walker.run(index, b, hidden[b])
-            yield from _prune_observed(observer, here, task, index, depth, progress)
+            for result in _prune_observed(observer, here, task, index, depth, progress):
+                done.append(result)
+                yield result.matrix, result.report, result.keep
             del observer
         if index + 1 < depth or outside:
             for b in range(len(walker.batches)):
                 progress(index, depth, f"passing on {b + 1}/{len(walker.batches)}")
                 hidden[b] = walker.run(index, b, hidden[b])
+        for result in done:
+            result.settle()
     if outside:
         observer = Observer(task.method, total, walker.device)
         with observer.watching(outside):
             for b in range(len(walker.batches)):
                 observer.next_batch()
                 walker.rest(b, cast(Tensor, hidden[b]))
-        yield from _prune_observed(observer, outside, task, depth, depth, progress)
+        for result in _prune_observed(observer, outside, task, depth, depth, progress):
+            result.settle()
+            yield result.matrix, result.report, result.keep
 
 
 def _prune_observed(
@@ -319,7 +241,7 @@ def _prune_observed(
     index: int,
     depth: int,
     progress: Progress,
-) -> Iterator[tuple[Matrix, LayerReport, Tensor]]:
+) -> Iterator[Done]:
     """Prune the matrices of one block once their inputs are known."""
     reached = {m.name for seen in observer.inputs for m in seen.readers}
     for matrix in here:
@@ -334,94 +256,3 @@ def _prune_observed(
         for matrix in seen.readers:
             progress(index, depth, matrix.name)
             yield prune_matrix(matrix, seen.stats, seen.sample, task)
-
-
-def prune_matrix(
-    matrix: Matrix, stats: Stats, sample: InputSample | None, task: Task
-) -> tuple[Matrix, LayerReport, Tensor]:
-    """Prune one matrix in place and check what came out.
-
-    Returns:
-        The matrix, its report and its keep mask, bool [out, in].
-    """
-    begun = time.perf_counter()
-    dense = matrix.weight
-    if not task.pattern.fits(dense.shape[1]):
-        if not task.ragged:
-            raise ragged_error(matrix, task.pattern)
-        keep = torch.ones_like(dense, dtype=torch.bool)
-        report = _report(matrix, dense, Pruned(dense, keep), stats, sample, begun)
-        return (
-            matrix,
-            replace(report, skipped=f"rows of {dense.shape[1]} under {task.pattern}"),
-            keep,
-        )
-    try:
-        pruned = task.method.prune(dense, stats, task.pattern)
-    except NumericalError as error:
-        raise NumericalError(f"{matrix.name}: {error}") from error
-    _hold(matrix, pruned, task)
-    report = _report(matrix, dense, pruned, stats, sample, begun)
-    matrix.write(pruned.weight)
-    return matrix, report, pruned.keep
-
-
-def ragged_error(matrix: Matrix, pattern: Pattern) -> ModelError:
-    """The error for rows that n:m does not divide."""
-    return ModelError(
-        f"{matrix.name} has rows of {matrix.shape[1]} weights, which {pattern} does not divide; "
-        "choose another pattern, --ignore it, or leave such matrices alone with --ragged dense"
-    )
-
-
-def _hold(matrix: Matrix, pruned: Pruned, task: Task) -> None:
-    """Invariants of every result: shape, finite, zero outside the mask, exact counts."""
-    weight, keep = pruned.weight, pruned.keep
-    wrong = None
-    if weight.shape != keep.shape or tuple(weight.shape) != matrix.shape:
-        wrong = f"shape {tuple(weight.shape)} for {matrix.shape}"
-    elif not bool(weight.isfinite().all()):
-        wrong = "NaN or Inf weights"
-    elif bool((weight.ne(0) & ~keep).any()):
-        wrong = "weights outside its own mask"
-    elif task.method.exact and (bad := _miscounted(keep, task.pattern)):
-        wrong = bad
-    if wrong:
-        raise NumericalError(f"{task.method.name} gave {wrong} at {matrix.name}")
-
-
-def _miscounted(keep: Tensor, pattern: Pattern) -> str | None:
-    """What is wrong with the counts of `keep` [out, in], or None."""
-    if isinstance(pattern, NM):
-        groups = keep.reshape(-1, pattern.m).sum(1)
-        return None if bool((groups == pattern.n).all()) else f"groups that are not {pattern}"
-    for group in pattern.groups(keep):
-        size = group.shape[1]
-        kept = group.sum(1)
-        if not bool((kept == size - pattern.removed(size)).all()):
-            return f"a count that is not {size - pattern.removed(size)} kept of {size}"
-    return None
-
-
-def _report(
-    matrix: Matrix,
-    dense: Tensor,
-    pruned: Pruned,
-    stats: Stats,
-    sample: InputSample | None,
-    begun: float,
-) -> LayerReport:
-    kept = int(pruned.keep.sum())
-    change = (dense.float() - pruned.weight.float()).square().sum()
-    size = dense.float().square().sum().clamp_min(1e-30)
-    return LayerReport(
-        name=matrix.name,
-        shape=matrix.shape,
-        kept=kept,
-        sparsity=1 - kept / dense.numel(),
-        weight_error=float(change / size),
-        output_error=sample.error(dense, pruned.weight) if sample is not None else None,
-        tokens=stats.tokens,
-        seconds=time.perf_counter() - begun,
-        notes=dict(pruned.notes),
-    )

@@ -29,11 +29,14 @@ class Pruned:
         weight: [out, in], in the dtype that was given, zero where `keep` is False.
         keep: [out, in] bool, True for the weights that stay.
         notes: what the reader of the report must know of this matrix, such as raised damping.
+        passed_on: [out, in], what later blocks are calibrated on where that is not `weight`: a method
+            may correct its last few weights without disturbing what follows.
     """
 
     weight: Tensor
     keep: Tensor
     notes: Mapping[str, float | int | str] = field(default_factory=dict)
+    passed_on: Tensor | None = None
 
 
 class Method(ABC, Generic[S]):

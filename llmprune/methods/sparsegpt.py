@@ -6,8 +6,10 @@ the right. Columns are solved `block` at a time; the comparison group is one suc
 
 Deliberate differences from the paper's code (IST-DASLab/sparsegpt, commit 147d215): counts are exact.
 Theirs removes one weight too many per column block, more on ties; here the sweep does the same, and what
-it removed beyond the count comes back at the end, with the value that suits its finished row best, so
-that the layer error is never above theirs. Features that were zero on every token do
+it removed beyond the count comes back once the block has been passed on, with the value that suits its
+finished row best: the layer error is never above theirs, and the masks of later blocks stay theirs too (on
+a 5M-parameter Llama 99.9% of them; brought back earlier, the change of one weight in 32,768 grows from
+block to block and turns three in a thousand at 70%). Features that were zero on every token do
 not count in the mean that damping is a share of; G is a plain sum (theirs is scaled by 2/N, which cancels); U
 comes from one Cholesky in reversed order; a Gram matrix that is not positive definite gets its damping
 raised tenfold, reported, up to a limit. `within=row` asks the same of each row, block by block;
@@ -60,11 +62,12 @@ class SparseGPT(Method[Gram]):
         w[:, factor.dead] = 0
         keep, spare = self._sweep(w, factor.upper, pattern)
         w.mul_(keep)
+        passed_on = w.to(weight.dtype, copy=True)
         for row, column in spare.tolist():
             _bring_back(w, dense, stats.gram, row, column)
         keep[spare[:, 0], spare[:, 1]] = True
         notes = {"damping": factor.damping} if factor.raised else {}
-        return Pruned(w.to(weight.dtype), keep, notes)
+        return Pruned(w.to(weight.dtype), keep, notes, passed_on if len(spare) else None)
 
     def _sweep(self, w: Tensor, upper: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
         """Prune and update `w` [out, in] float32 in place.
