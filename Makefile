@@ -42,7 +42,7 @@ wheel: $(stamp)
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
-	find benchmarks eval kernels llmprune tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last, so an interrupted install is taken up again. A .venv without a working pip
 # was itself interrupted, and is made anew.
@@ -55,7 +55,7 @@ $(stamp): pyproject.toml constraints.txt
 	        fi; \
 	    done; \
 	    if [ -z "$${found:-}" ]; then \
-	        echo "llmprune needs Python 3.11 or newer; $(or $(PYTHON),neither python3.11 nor python3) is not: make PYTHON=/path/to/python" >&2; \
+	        echo "llmprune needs Python 3.11 or newer; $(if $(PYTHON),$(PYTHON) is not,none was found): make PYTHON=python3.12" >&2; \
 	        exit 1; \
 	    fi; \
 	    if ! "$$found" -c 'import ensurepip, venv' 2>/dev/null; then \
