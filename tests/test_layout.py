@@ -138,8 +138,11 @@ def test_nobody_imports_the_top_level_folders() -> None:
 
 @pytest.mark.parametrize("name", ["kernels", "eval"])
 def test_the_top_level_folders_are_no_packages(name: str) -> None:
-    """With an `__init__.py`, top-level kernels/ shadows Hugging Face's `kernels`, and then
-    `import transformers` fails for everyone who starts Python in this repository.
+    """With an `__init__.py`, top-level kernels/ shadows Hugging Face's `kernels`.
+
+    Where a version of that package that transformers accepts is installed, loading a model class
+    from this repository then fails: `cannot import name 'CUDAProperties' from 'kernels'`. A folder
+    without `__init__.py` yields to the installed package.
     """
     assert (ROOT / name).is_dir()
     assert not (ROOT / name / "__init__.py").exists()
