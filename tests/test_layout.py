@@ -35,7 +35,6 @@ HEAVY = {"torch", "transformers", "triton", "datasets", "accelerate", "numpy", "
 LONG_FILE, LONG_FUNCTION = 300, 50  # the proportions of the code this project models itself on
 LONG = {
     "llmprune/demo/text.py": "the made-up world: tables of facts and sentences, not logic",
-    "llmprune/walk.py": "running a block alone, observing it, pruning it: one loop, read together",
 }
 
 
