@@ -6,6 +6,7 @@ a push, the folder on disk is complete, and the message says how to try again.
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Iterator
@@ -89,7 +90,7 @@ def check_push(repo_id: str, token: str | None = None) -> None:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise ConfigError(f"{repo_id!r} is no name for a repository: {_line(error)}") from error
-    with _failing(f"cannot push to {repo_id}", "for a local copy only, leave the push out"):
+    with failing(f"cannot push to {repo_id}", "for a local copy only, leave the push out"):
         who = HfApi().whoami(token=token)
     _check_rights(repo_id, who)
 
@@ -108,7 +109,10 @@ def push(folder: Path, repo_id: str, *, private: bool = False, token: str | None
     api = HfApi(token=token)
     again = shlex.join(["hf", "upload", repo_id, str(folder), *(["--private"] if private else [])])
     after = f"the local copy at {folder} is complete; to try again: {again}"
-    with _failing(f"push to {repo_id} failed", after):
+    # hf_xet reads its settings when its session starts; by default it retries a server that is gone
+    # for up to three minutes, measured on a loopback
+    os.environ.setdefault("HF_XET_CLIENT_RETRY_BASE_DELAY", "500ms")
+    with failing(f"push to {repo_id} failed", after):
         url = str(api.create_repo(repo_id, private=private, exist_ok=True))
         if (
             private and not api.model_info(repo_id).private
@@ -121,7 +125,7 @@ def push(folder: Path, repo_id: str, *, private: bool = False, token: str | None
 
 
 @contextmanager
-def _failing(what: str, after: str) -> Iterator[None]:
+def failing(what: str, after: str) -> Iterator[None]:
     """Turn what the Hub's client raises into one line that starts with `what` and ends with
     `after`.
 

@@ -1,0 +1,265 @@
+"""What a checkpoint's files really hold: sparsity, pattern, dtype and size of every tensor.
+
+Shard by shard and tensor by tensor; no model is built and no code of the checkpoint runs. A zero is
+a zero, whoever put it there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from llmprune.checkpoint.census import Axis, Census, take
+from llmprune.checkpoint.files import Files, find
+from llmprune.checkpoint.target import size
+from llmprune.errors import CheckpointError
+
+_CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # stored [in, out]
+_TOWERS = {"vision", "visual", "vision_tower", "vision_model", "audio", "audio_tower"}
+_ROUTERS = {"gate", "router", "shared_expert_gate"}
+
+
+@dataclass(frozen=True)
+class TensorCensus:
+    """One tensor of the files.
+
+    Attributes:
+        name: its key.
+        file: the shard that holds it.
+        shape: as it is stored.
+        dtype: as safetensors names it: BF16, F32, F8_E4M3.
+        bytes: its size in the file.
+        zeros: weights that are zero; always 0 for integers.
+        pattern: `2:4` where every group of the tensor holds it, else None.
+        axis: `rows` when the groups lie along the last dimension, `columns` when along the one
+            before.
+        decoder: whether it is a matrix of a decoder block, which is what llmprune prunes by
+            default.
+    """
+
+    name: str
+    file: str
+    shape: tuple[int, ...]
+    dtype: str
+    bytes: int
+    zeros: int
+    pattern: str | None
+    axis: str | None
+    decoder: bool
+
+    @property
+    def weights(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+    @property
+    def kind(self) -> str:
+        """What is the same in every block: `mlp.up_proj`."""
+        parts = [p for p in self.name.split(".") if not p.isdigit() and p != "weight"]
+        return ".".join(parts[-2:])
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What the files of a checkpoint hold.
+
+    Attributes:
+        source: what was asked for.
+        model_type: from config.json, or None without one.
+        tensors: every tensor, in the order of files and names.
+        files: number of safetensors files.
+        bytes: their size on disk.
+    """
+
+    source: str
+    model_type: str | None
+    tensors: tuple[TensorCensus, ...]
+    files: int
+    bytes: int
+
+    @property
+    def decoder(self) -> list[TensorCensus]:
+        """The matrices of the decoder blocks."""
+        return [t for t in self.tensors if t.decoder]
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros in the decoder matrices."""
+        return _share(self.decoder)
+
+    @property
+    def pattern(self) -> str | None:
+        """The n:m that every decoder matrix holds, or None."""
+        held = {(t.pattern, t.axis) for t in self.decoder}
+        return next(iter(held))[0] if len(held) == 1 else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as plain JSON types, with the totals."""
+        return {
+            "source": self.source,
+            "model_type": self.model_type,
+            "files": self.files,
+            "bytes": self.bytes,
+            "decoder": {**_totals(self.decoder), "pattern": self.pattern},
+            "everything": _totals(self.tensors),
+            "kinds": {kind: _totals(found) for kind, found in self._kinds().items()},
+            "tensors": [{**asdict(t), "sparsity": _share([t])} for t in self.tensors],
+        }
+
+    def table(self) -> str:
+        """A row per kind of decoder matrix, then the totals, for a terminal."""
+        row = "{:<28} {:>6} {:>16} {:>8} {:>9}  {}".format
+        lines = [row("matrix", "count", "shape", "dtype", "sparsity", "pattern")]
+        for kind, found in self._kinds().items():
+            shapes = {"x".join(map(str, t.shape)) for t in found}
+            dtypes = {t.dtype for t in found}
+            lines.append(
+                row(
+                    kind[-28:],
+                    len(found),
+                    shapes.pop() if len(shapes) == 1 else "several",
+                    dtypes.pop() if len(dtypes) == 1 else "several",
+                    f"{_share(found):.2%}",
+                    _held(found),
+                )
+            )
+        for name, some in (("decoder matrices", self.decoder), ("everything", self.tensors)):
+            weights = f"{sum(t.weights for t in some):,}"
+            what = _held(some) if some is not self.tensors else ""
+            lines.append(row(name, len(some), weights, "", f"{_share(some):.2%}", what).rstrip())
+        files = "file" if self.files == 1 else "files"
+        dtypes_held = ", ".join(sorted({t.dtype for t in self.tensors}))
+        lines.append(f"{size(self.bytes)} in {self.files} {files}, {dtypes_held}")
+        return "\n".join(lines)
+
+    def _kinds(self) -> dict[str, list[TensorCensus]]:
+        kinds: dict[str, list[TensorCensus]] = {}
+        for tensor in self.decoder:
+            kinds.setdefault(tensor.kind, []).append(tensor)
+        return kinds
+
+
+def inspect(
+    source: str | Path, *, revision: str | None = None, token: str | None = None
+) -> Inspection:
+    """Read a checkpoint and say what it holds; the largest tensor is what it takes of memory.
+
+    Args:
+        source: a folder, one .safetensors file, or a model on the Hub, whose files are downloaded
+            to the cache one after the other.
+        revision: branch, tag or commit on the Hub.
+        token: for a private model; None takes the one that is logged in.
+
+    Raises:
+        CheckpointError: nothing there, no safetensors, a missing or damaged file, a broken index.
+        HubError: the Hub does not give it.
+    """
+    files = find(source, revision, token)
+    model_type = files.json("config.json").get("model_type")
+    tensors: list[TensorCensus] = []
+    total = 0
+    shards = files.shards()
+    for shard, keys in shards.items():
+        path = files.fetch(shard)
+        total += path.stat().st_size
+        tensors += _read(files, shard, path, keys, model_type)
+    return Inspection(str(source), model_type, tuple(tensors), len(shards), total)
+
+
+def _read(
+    files: Files, shard: str, path: Path, keys: Iterable[str] | None, model_type: str | None
+) -> Iterator[TensorCensus]:
+    """The census of the tensors in one file, of those that the index promises or of all."""
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            there = set(file.keys())
+            for name in sorted(there if keys is None else keys):
+                if name not in there:
+                    raise CheckpointError(
+                        f"{shard} of {files.source} lacks {name}, which the index expects in it"
+                    )
+                dtype = str(file.get_slice(name).get_dtype())
+                tensor = file.get_tensor(name)
+                shape = tuple(tensor.shape)
+                decoder = _is_decoder(name, shape, tensor.is_floating_point())
+                census = take(tensor, _axes(model_type, decoder))
+                yield _described(name, shard, shape, dtype, tensor.nbytes, census, decoder)
+    except (OSError, SafetensorError) as error:
+        what = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{shard} of {files.source} is damaged or cut short ({what}); copy or download it again"
+        ) from error
+
+
+def _described(
+    name: str,
+    file: str,
+    shape: tuple[int, ...],
+    dtype: str,
+    count: int,
+    census: Census,
+    decoder: bool,
+) -> TensorCensus:
+    pattern = f"{census.pattern[0]}:{census.pattern[1]}" if census.pattern else None
+    return TensorCensus(
+        name, file, shape, dtype, count, census.zeros, pattern, census.axis, decoder
+    )
+
+
+def _axes(model_type: str | None, decoder: bool) -> tuple[Axis, ...]:
+    """Where the inputs lie; a family that stores its blocks [in, out] has them down the columns."""
+    return ("columns", "rows") if decoder and model_type in _CONV1D else ("rows", "columns")
+
+
+def _is_decoder(name: str, shape: tuple[int, ...], floating: bool) -> bool:
+    """Whether a tensor multiplies hidden states inside a decoder block."""
+    parts = name.split(".")
+    module = parts[-2] if parts[-1] == "weight" and len(parts) > 1 else parts[-1]
+    if not floating or not re.search(r"\.\d+\.", f".{name}") or _TOWERS.intersection(parts):
+        return False
+    if module in _ROUTERS or "router" in parts or "scale" in parts[-1] or "embed" in module:
+        return False
+    if len(shape) == 3:  # fused experts; a convolution is no matrix
+        return "experts" in parts
+    return len(shape) == 2 and parts[-1] == "weight"
+
+
+def _share(tensors: Iterable[TensorCensus]) -> float:
+    found = list(tensors)
+    return sum(t.zeros for t in found) / max(1, sum(t.weights for t in found))
+
+
+def _totals(tensors: Iterable[TensorCensus]) -> dict[str, Any]:
+    found = list(tensors)
+    zeros, weights = sum(t.zeros for t in found), sum(t.weights for t in found)
+    return {
+        "tensors": len(found),
+        "weights": weights,
+        "zeros": zeros,
+        "sparsity": _share(found),
+        "bytes": sum(t.bytes for t in found),
+        "patterns": dict(Counter(_named(t) for t in found)),
+    }
+
+
+def _named(tensor: TensorCensus) -> str:
+    """`2:4`, `2:4 down the columns`, or `none`."""
+    if tensor.pattern is None:
+        return "none"
+    return tensor.pattern + (" down the columns" if tensor.axis == "columns" else "")
+
+
+def _held(tensors: Iterable[TensorCensus]) -> str:
+    """Which patterns some tensors hold, in words."""
+    counts = Counter(_named(t) for t in tensors)
+    total = counts.total()
+    if len(counts) == 1:
+        return next(iter(counts))
+    return ", ".join(f"{name} in {count} of {total}" for name, count in counts.most_common())
