@@ -1,8 +1,8 @@
 """Datasets of the Hub as text: the one part that needs the `datasets` package and a network.
 
 What is downloaded stays bounded: C4 is read from the first shard of the split, as in the papers,
-and any other dataset made of several files from the first file of its train split. The cache of
-`datasets` is used, so HF_HUB_OFFLINE=1 works for what was read before.
+and any other dataset made of several files from the first file of its train split. The known names
+are found again in the cache, without a network, under HF_HUB_OFFLINE=1.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TEST_SPLITS = ("test", "validation", "valid", "dev", "eval")
 
 @dataclass(frozen=True)
 class _Dataset:
-    """How a known name is loaded; `files` and `revision` as `datasets.load_dataset` takes them."""
+    """How a known name is loaded: a configuration, or one file for each split."""
 
     path: str
     config: str | None
@@ -45,7 +45,7 @@ _KNOWN = {
     ),
     "c4": _Dataset(
         "allenai/c4",
-        "en",
+        None,
         {"train": "train", "test": "validation"},
         files={
             "train": "en/c4-train.00000-of-01024.json.gz",
@@ -127,13 +127,16 @@ def hub_documents(source: str, split: Split, text_column: str | None) -> Documen
 def _load_known(known: _Dataset, part: str) -> Any:
     import datasets
 
-    options: dict[str, Any] = {}
-    if known.files is not None:
-        # One file of many: the sizes that the dataset card promises cannot hold.
-        options |= {"data_files": {part: known.files[part]}, "verification_mode": "no_checks"}
-    if known.revision is not None:
-        options["revision"] = known.revision
-    return datasets.load_dataset(known.path, known.config, split=part, **options)
+    if known.files is None:
+        return datasets.load_dataset(known.path, known.config, split=part)
+    from huggingface_hub import hf_hub_download
+
+    # load_dataset(path, data_files=...) would do, but finds nothing in its cache without a network.
+    file = hf_hub_download(
+        known.path, known.files[part], repo_type="dataset", revision=known.revision
+    )
+    kind = "parquet" if file.endswith(".parquet") else "json"
+    return datasets.load_dataset(kind, data_files={part: file}, split=part)
 
 
 def _load_any(source: str, split: Split) -> tuple[Any, str]:
@@ -147,8 +150,10 @@ def _load_any(source: str, split: Split) -> tuple[Any, str]:
     part = _choose_split(source, split, there)
     chosen = list(files.get(part, ()))
     options: dict[str, Any] = {}
-    if split == "train" and len(chosen) > 1:
-        options = {"data_files": {part: chosen[0]}, "verification_mode": "no_checks"}
+    if chosen and (len(there) > 1 or len(chosen) > 1):
+        # Only what is read is downloaded; the sizes that the dataset card promises then do not hold.
+        few = chosen[:1] if split == "train" else chosen
+        options = {"data_files": {part: few}, "verification_mode": "no_checks"}
     return datasets.load_dataset(path, config or None, split=part, **options), part
 
 
@@ -214,14 +219,18 @@ class _Reading:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> Literal[False]:
         from datasets.exceptions import DatasetNotFoundError, DatasetsError
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+        from huggingface_hub.errors import (
+            HfHubHTTPError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+        )
 
         if isinstance(error, DatasetNotFoundError):
             raise DataError(
                 f"no dataset {self.source!r} on the Hub, or it is private or gated "
                 f"(hf auth login); check the name, or {self.instead}"
             ) from error
-        if isinstance(error, ConnectionError):
+        if isinstance(error, ConnectionError | LocalEntryNotFoundError):
             why = "HF_HUB_OFFLINE is set and it is not in the cache" if _offline() else _line(error)
             raise DataError(f"cannot read {self.source!r}: {why}; {self.instead}") from error
         if isinstance(error, DataError) or error is None:
