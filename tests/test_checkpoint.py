@@ -12,12 +12,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    SiglipVisionConfig,
 )
 
 from llmprune.checkpoint import save as saving
@@ -400,6 +404,34 @@ def test_a_failed_verification_promotes_nothing(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=rf"{UP} holds 1536 nonzero weights, 768"):
         save(model, None, tmp_path / "out", report, card="", expected=expected)
     assert leftovers(tmp_path) == []
+
+
+def test_a_nested_model_under_other_names(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    text = Gemma3TextConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, dtype="float32",
+    )  # fmt: skip
+    vision = SiglipVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        image_size=28, patch_size=14,
+    )  # fmt: skip
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    model = Gemma3ForConditionalGeneration(config)
+    stored = bf16(model)
+    name = "model.language_model.layers.1.mlp.up_proj"
+    weight = model.get_parameter(f"{name}.weight")
+    weight.data.mul_(NM(2, 4).keep(weight.detach().abs()))
+    check_saveable(model, [name])
+    expected = [Expected(name, (64, 32), 1024, NM(2, 4))]
+    save(
+        model, None, tmp_path / "out", Report({}, {}, []), card="", stored=stored, expected=expected
+    )
+    keys = load_file(tmp_path / "out/model.safetensors").keys()
+    assert f"{name}.weight" not in keys
+    assert "language_model.model.layers.1.mlp.up_proj.weight" in keys
+    saved = json.loads((tmp_path / "out/config.json").read_text())
+    assert saved["text_config"]["dtype"] == saved["dtype"] == "bfloat16"
 
 
 def test_keys_are_found_under_other_prefixes() -> None:
