@@ -1,6 +1,11 @@
 """`python -m llmprune`."""
 
-from llmprune.cli import entry
+import sys
 
 if __name__ == "__main__":
-    entry()
+    try:
+        from llmprune.cli import entry
+
+        entry()
+    except KeyboardInterrupt:  # while Python was still importing; the rest is in cli.main
+        sys.exit(130)

@@ -72,7 +72,8 @@ def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         )
     text = config.get_text_config(decoder=True)
     depth = getattr(text, "num_hidden_layers", None)
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    get_decoder: Any = getattr(model, "get_decoder", lambda: model)
+    decoder = get_decoder()
     for root in (decoder, model):
         if not isinstance(root, nn.Module):
             continue
@@ -175,6 +176,23 @@ def _refuse_fused_experts(layers: nn.ModuleList) -> None:
                 f"{name} holds fused experts, which llmprune cannot prune yet; "
                 "to prune the rest only, name it: --targets '*_proj'"
             )
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The transformers model inside `torch.compile` or data-parallel wrappers.
+
+    Raises:
+        ModelError: for a model with adapters, whose own matrices must not be pruned.
+    """
+    for attribute in ("_orig_mod", "module"):
+        inner = getattr(model, attribute, None)
+        if isinstance(inner, nn.Module):
+            model = inner
+    if getattr(model, "peft_config", None):
+        raise ModelError("the model carries adapters; merge_and_unload() them before pruning")
+    if getattr(model, "quantization_method", None) or getattr(model, "is_quantized", False):
+        raise ModelError("the model is quantised; prune the original, then quantise")
+    return model
 
 
 def check_weights(chosen: Sequence[Matrix]) -> None:

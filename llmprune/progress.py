@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import TracebackType
 from typing import Self
 
@@ -9,16 +10,23 @@ from tqdm import tqdm
 
 
 class Bar:
-    """Counts steps; shown only after two seconds, so that short runs stay quiet."""
+    """Counts steps; shown only after two seconds, so that short runs stay quiet.
 
-    def __init__(self, total: int, title: str, *, enabled: bool = True) -> None:
+    Where stderr is no terminal but a log, it writes a line's worth every half minute.
+    """
+
+    def __init__(
+        self, total: int, title: str, *, unit: str = "block", enabled: bool = True
+    ) -> None:
+        self._unit = unit
         self._bar = tqdm(
             total=total,
             desc=title,
             disable=not enabled,
             delay=2,
             dynamic_ncols=True,
-            bar_format="{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}] {postfix}",
+            mininterval=0.2 if sys.stderr.isatty() else 30,
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
         )
 
     def __enter__(self) -> Self:
@@ -34,5 +42,7 @@ class Bar:
 
     def step(self, block: int, blocks: int, doing: str) -> None:
         """One step further: `doing` in `block` of `blocks`, counted from 0."""
-        self._bar.set_postfix_str(f"{min(block + 1, blocks)}/{blocks} {doing}", refresh=False)
+        self._bar.set_postfix_str(
+            f"{self._unit} {min(block + 1, blocks)}/{blocks} {doing}", refresh=False
+        )
         self._bar.update()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmprune.errors import ModelError, NumericalError
+from llmprune.errors import ConfigError, ModelError, NumericalError
 from llmprune.methods.base import Method, Pruned
 from llmprune.model import Matrix
 from llmprune.pattern import NM, Pattern
@@ -86,6 +87,18 @@ def prune_matrix(matrix: Matrix, stats: Stats, sample: InputSample | None, task:
     matrix.write(pruned.passed_on)
     final = pruned.weight[where[:, 0], where[:, 1]]
     return Done(matrix, report, pruned.keep, where, final)
+
+
+def check_fit(chosen: Sequence[Matrix], pattern: Pattern, ragged: str) -> None:
+    """Refuse a pattern that some matrix, or under `ragged` dense every matrix, cannot take."""
+    unfit = [m for m in chosen if not pattern.fits(m.shape[1])]
+    if unfit and ragged == "error":
+        raise ragged_error(unfit[0], pattern)
+    if len(unfit) == len(chosen):
+        widths = sorted({m.shape[1] for m in chosen})
+        raise ConfigError(
+            f"no matrix can take {pattern}: rows are {', '.join(map(str, widths))} wide"
+        )
 
 
 def ragged_error(matrix: Matrix, pattern: Pattern) -> ModelError:

@@ -35,6 +35,10 @@ HEAVY = {"torch", "transformers", "triton", "datasets", "accelerate", "numpy", "
 LONG_FILE, LONG_FUNCTION = 300, 50  # the proportions of the code this project models itself on
 LONG = {
     "llmprune/demo/text.py": "the made-up world: tables of facts and sentences, not logic",
+    "llmprune/calibration.py:load": "half of it says what each kind of source gives",
+    "llmprune/eval/perplexity.py:perplexity": "half of it is the docstring of the protocol",
+    "llmprune/eval/tasks.py:run_tasks": "half of it says what lm-eval does to the process",
+    "llmprune/run.py:prune": "the signature that users call, and a line on each argument",
 }
 
 

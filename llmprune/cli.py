@@ -1,0 +1,193 @@
+"""The command line: argv -> settings -> prune, eval, inspect or methods. No logic lives here."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NoReturn
+
+from llmprune.errors import ConfigError, LLMPruneError, nearest
+from llmprune.options import eval_parser, parser_for, prune_parser
+
+if TYPE_CHECKING:
+    from llmprune.choices import ModelChoice, Voice
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+_COMMANDS = ("prune", "eval", "inspect", "methods")
+
+
+def entry() -> NoReturn:
+    """Run the command line and exit with its status."""
+    status = main(sys.argv[1:])
+    if status == INTERRUPTED:
+        # where Ctrl-C met an exec() during an import, Python would still die of the signal at exit
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `argv`; returns 0, 2 for an error of the user's, 130 after Ctrl-C."""
+    argv = list(argv)
+    try:
+        if argv and not argv[0].startswith("-") and argv[0] not in _COMMANDS:
+            raise ConfigError(f"no command {argv[0]!r}: {nearest(argv[0], _COMMANDS)}")
+        command = argv.pop(0) if argv and argv[0] in _COMMANDS else "prune"
+        return {"prune": _prune, "eval": _eval, "inspect": _inspect, "methods": _methods}[command](
+            argv
+        )
+    except LLMPruneError as error:
+        print(f"llmprune: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("llmprune: interrupted; nothing half-written is left", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _choice(args: argparse.Namespace) -> ModelChoice:
+    from llmprune.choices import ModelChoice
+
+    return ModelChoice(
+        model=args.model,
+        revision=args.revision,
+        dtype=args.dtype,
+        device=args.device,
+        attention=args.attention,
+        trust_remote_code=args.trust_remote_code,
+    )
+
+
+def _voice(args: argparse.Namespace) -> Voice:
+    from llmprune.choices import Voice
+
+    return Voice(as_json=args.json, quiet=args.quiet, log_file=args.log_file)
+
+
+def _prune(argv: Sequence[str]) -> int:
+    args = prune_parser().parse_args(argv)
+    from llmprune.job import Job, run
+    from llmprune.run import PruneConfig
+
+    voice, choice = _voice(args), _choice(args)
+
+    config = PruneConfig(
+        sparsity=args.sparsity,
+        method=args.method,
+        settings=_settings(args.set),
+        within=args.within,
+        ragged=args.ragged,
+        targets=args.targets,
+        ignore=args.ignore,
+        calibration=args.calibration or ("demo" if args.model == "demo" else "wikitext2"),
+        text_column=args.text_column,
+        samples=args.samples,
+        seqlen=args.seqlen,
+        seed=args.seed,
+        batch_size=args.batch_size,
+    )
+    run(
+        Job(
+            choice=choice,
+            prune=config,
+            voice=voice,
+            save=args.save,
+            overwrite=args.overwrite,
+            max_shard_size=args.max_shard_size,
+            push_to_hub=args.push_to_hub,
+            private=args.private,
+            plot=args.plot,
+            eval_dataset=args.eval_dataset,
+            evaluate=not args.no_eval,
+            argv=tuple(argv),
+        )
+    )
+    return 0
+
+
+def _settings(pairs: Sequence[str]) -> dict[str, str]:
+    """`key=value` texts as a mapping."""
+    settings: dict[str, str] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--set takes key=value, got {pair!r}")
+        settings[key] = value
+    return settings
+
+
+def _eval(argv: Sequence[str]) -> int:
+    args = eval_parser().parse_args(argv)
+    from llmprune.evaluate import EvalJob, evaluate
+
+    evaluate(
+        EvalJob(
+            choice=_choice(args),
+            voice=_voice(args),
+            dataset=args.dataset or ("demo" if args.model == "demo" else "wikitext2"),
+            text_column=args.text_column,
+            seqlen=args.seqlen,
+            batch_size=args.batch_size,
+            bos=args.bos,
+            tasks=tuple(t for text in args.tasks or () for t in text.split(",") if t),
+            limit=args.limit,
+            num_fewshot=args.num_fewshot,
+        )
+    )
+    return 0
+
+
+def _inspect(argv: Sequence[str]) -> int:
+    parser = parser_for(
+        "python -m llmprune inspect",
+        "Sparsity per layer and overall, the pattern that the files really hold, and their size; reads "
+        "any safetensors checkpoint shard by shard and builds no model.",
+    )
+    parser.add_argument("checkpoint", help="folder, .safetensors file, Hub id, or demo")
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+    parser.add_argument("--json", action="store_true", help="print as JSON")
+    args = parser.parse_args(argv)
+    import json
+
+    from llmprune.checkpoint.inspect import inspect
+
+    name = args.checkpoint
+    if name == "demo":
+        from llmprune.demo import MODEL_DIR
+
+        name = str(MODEL_DIR)
+    found = inspect(name, revision=args.revision)
+    print(json.dumps(found.as_dict(), indent=2) if args.json else found.table())
+    return 0
+
+
+def _methods(argv: Sequence[str]) -> int:
+    parser = parser_for(
+        "python -m llmprune methods", "Every method with its settings (--set key=value)."
+    )
+    parser.add_argument("--json", action="store_true", help="print as JSON")
+    args = parser.parse_args(argv)
+    import json
+    from dataclasses import fields
+
+    from llmprune.methods import known
+
+    if args.json:
+        plain = {
+            name: {
+                "paper": method.paper,
+                "within": method.within,
+                "settings": {f.name: f.default for f in fields(method)},  # type: ignore[arg-type]
+            }
+            for name, method in known().items()
+        }
+        print(json.dumps(plain, indent=2))
+        return 0
+    for name, method in known().items():
+        summary = (method.__doc__ or "").strip().splitlines()[0]
+        print(f"{name}: {summary}\n    {method.paper}; compares within {method.within}")
+        for f in fields(method):  # type: ignore[arg-type]
+            print(f"    --set {f.name}={str(f.default).lower()}")
+    return 0

@@ -1,0 +1,173 @@
+"""The options of every command: names, defaults and what `--help` says of them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import NoReturn
+
+from llmprune.errors import ConfigError
+
+_EPILOG = """\
+examples:
+  python -m llmprune --model demo --sparsity 0.6 --method sparsegpt
+  python -m llmprune --model meta-llama/Llama-3.1-8B --sparsity 2:4 --method wanda --save out
+  python -m llmprune --model ./my-model --sparsity 0.5 --calibration my.txt --eval-dataset test.txt
+  python -m llmprune --model ./my-model --sparsity 0.6 --method sparsegpt --set damping=0.05
+
+other commands:
+  python -m llmprune eval --model out        perplexity, or tasks of lm-eval
+  python -m llmprune inspect out             what a checkpoint's files really hold
+  python -m llmprune methods                 every method with its settings
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors in one line with status 2, like every other error of this program."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see {self.prog} --help)")
+
+
+def parser_for(prog: str, description: str, epilog: str | None = None) -> _Parser:
+    return _Parser(
+        prog=prog,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def _model_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model", required=True, help="folder, Hub id, or demo (embedded, no network)"
+    )
+    group.add_argument("--revision", help="branch, tag or commit on the Hub")
+    group.add_argument(
+        "--dtype",
+        default="auto",
+        help="compute in float32, bfloat16 or float16; auto: float32 on a CPU, else the checkpoint's; "
+        "saved is the checkpoint's dtype, or this one where it is narrower",
+    )
+    group.add_argument(
+        "--device", default="auto", help="auto (CUDA where there is one), cpu, cuda:N"
+    )
+    group.add_argument("--attention", help="attention backend of transformers (eager, sdpa, ...)")
+    group.add_argument(
+        "--trust-remote-code", action="store_true", help="let code from the checkpoint run"
+    )
+
+
+def _output_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("output")
+    group.add_argument("--json", action="store_true", help="print the report as JSON on stdout")
+    group.add_argument("--quiet", action="store_true", help="no progress, no table; errors only")
+    group.add_argument("--log-file", type=Path, help="append what is said to this file too")
+
+
+def prune_parser() -> argparse.ArgumentParser:
+    """Options of `python -m llmprune`."""
+    parser = parser_for(
+        "python -m llmprune",
+        "Prune a language model in one shot: calibrate block by block, remove weights, measure "
+        "perplexity before and after, save a checkpoint that anything can load.",
+        _EPILOG,
+    )
+    _model_options(parser)
+    _pruning_options(parser)
+    _calibration_options(parser)
+    _result_options(parser)
+    _output_options(parser)
+    return parser
+
+
+def _pruning_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("pruning")
+    group.add_argument(
+        "--sparsity", required=True, help="share removed (0.5), or kept:group (2:4, 4:8, 1:4, ...)"
+    )
+    group.add_argument("--method", default="wanda", help="see `python -m llmprune methods` (wanda)")
+    group.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the method"
+    )
+    group.add_argument(
+        "--within",
+        choices=("row", "matrix", "columns"),
+        help="comparison group of a share: row (wanda), matrix (magnitude), columns: a block of "
+        "columns over all rows (sparsegpt); default: the method's own",
+    )
+    group.add_argument(
+        "--ragged",
+        choices=("error", "dense"),
+        default="error",
+        help="rows that n:m does not divide: refuse, or leave such a matrix dense and report it",
+    )
+    names = "class name, fnmatch pattern or re:REGEX; of the whole name or its end"
+    group.add_argument(
+        "--targets", nargs="+", default=[], metavar="NAME", help=f"prune these instead ({names})"
+    )
+    group.add_argument("--ignore", nargs="+", default=[], metavar="NAME", help="leave these dense")
+
+
+def _calibration_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("calibration")
+    group.add_argument(
+        "--calibration",
+        help="wikitext2, c4, ptb, a dataset id, a .txt/.jsonl/.parquet file, .npy ids, or demo "
+        "(wikitext2; demo for --model demo)",
+    )
+    group.add_argument("--text-column", help="column of the dataset or file that holds the text")
+    group.add_argument("--samples", type=int, help="windows of tokens (128)")
+    group.add_argument(
+        "--seqlen",
+        type=int,
+        help="tokens per window, also for perplexity (min(2048, the model's limit))",
+    )
+    group.add_argument("--seed", type=int, default=0, help="of the choice of windows (0)")
+    group.add_argument("--batch-size", type=int, help="windows at once (what suits the device)")
+
+
+def _result_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("result")
+    group.add_argument("--save", type=Path, metavar="DIR", help="write the checkpoint here")
+    group.add_argument("--overwrite", action="store_true", help="replace DIR if it is a checkpoint")
+    group.add_argument(
+        "--max-shard-size", default="5GB", help="largest file of the checkpoint (5GB)"
+    )
+    group.add_argument("--push-to-hub", metavar="USER/NAME", help="upload the checkpoint")
+    group.add_argument("--private", action="store_true", help="make the pushed repository private")
+    group.add_argument(
+        "--plot", type=Path, metavar="PNG", help="picture of sparsity and error per layer"
+    )
+    group.add_argument(
+        "--eval-dataset",
+        help="perplexity before and after on this (wikitext2; demo for --model demo)",
+    )
+    group.add_argument("--no-eval", action="store_true", help="measure no perplexity")
+
+
+def eval_parser() -> argparse.ArgumentParser:
+    """Options of `python -m llmprune eval`."""
+    parser = parser_for(
+        "python -m llmprune eval",
+        "Perplexity by the papers' protocol (the split joined, tokenised once, disjoint windows, tail "
+        "dropped), or with --tasks whatever lm-eval offers.",
+    )
+    _model_options(parser)
+    group = parser.add_argument_group("evaluation")
+    group.add_argument(
+        "--dataset", help="wikitext2, c4, ptb, a dataset id, a file, .npy ids or demo (wikitext2)"
+    )
+    group.add_argument("--text-column", help="column of the dataset or file that holds the text")
+    group.add_argument(
+        "--seqlen", type=int, help="tokens per window (min(2048, the model's limit))"
+    )
+    group.add_argument("--batch-size", type=int, help="windows at once (what suits the device)")
+    group.add_argument("--bos", action="store_true", help="begin every window with the BOS token")
+    group.add_argument("--tasks", nargs="+", metavar="TASK", help="tasks of lm-eval (extra [eval])")
+    group.add_argument("--limit", type=int, help="examples per task of lm-eval")
+    group.add_argument("--num-fewshot", type=int, help="examples in the prompt of lm-eval's tasks")
+    _output_options(parser)
+    return parser
