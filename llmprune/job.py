@@ -106,10 +106,10 @@ def run(job: Job) -> Report:
             **{f"eval {k}": m.seconds for k, m in measured.items()},
         },
     )
-    if job.plot is not None:
-        plot.plot(report, job.plot)
     if target is not None:
         _save(job, target, opened, chosen, report)
+    if job.plot is not None:
+        plot.plot(report, job.plot)
     job.voice.result(report.table(), report.as_dict())
     if job.push_to_hub is not None and target is not None:
         say(f"pushed to {hub.push(target, job.push_to_hub, private=job.private)}")

@@ -448,3 +448,12 @@ def test_keys_are_found_under_other_prefixes() -> None:
         find_key("model.layers.1.mlp.up_proj", keys)
     with pytest.raises(CheckpointError, match="could be"):
         find_key("model.layers.0.mlp.up", ["a.layers.0.mlp.up.weight", "b.layers.0.mlp.up.weight"])
+
+
+def test_the_weights_are_as_readable_as_the_config(tmp_path: Path) -> None:
+    """A server that runs as another user must be able to read both."""
+    model = llama()
+    report, expected = pruned(model, NM(2, 4))
+    save(model, None, tmp_path / "out", report, card="", expected=expected)
+    modes = {f.name: f.stat().st_mode for f in (tmp_path / "out").iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"]
