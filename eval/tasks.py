@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -62,7 +63,8 @@ def run_tasks(
     from lm_eval.models.huggingface import HFLM
 
     training = [module for module in model.modules() if module.training]
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    own = deepcopy(tokenizer)  # it is given a pad token, which must not reach a saved checkpoint
+    wrapped = HFLM(pretrained=model, tokenizer=own, batch_size=batch_size)
     try:
         found = simple_evaluate(
             model=wrapped,

@@ -79,12 +79,16 @@ def test_a_text_of_one_window_will_do_and_a_shorter_one_will_not(tmp_path: Path)
         load(path, TOKENIZER, samples=2, seqlen=17)
 
 
-def test_a_long_text_brings_no_warning(book: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert TOKENIZER.model_max_length < 500
-    logging.getLogger("transformers").propagate = True
+def test_a_long_text_brings_no_warning(
+    book: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = word_tokenizer()  # a fresh one: it warns only once
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     with caplog.at_level(logging.WARNING):
-        load(book, TOKENIZER, samples=1, seqlen=16)
-    assert not caplog.records
+        load(book, tokenizer, samples=1, seqlen=16)
+        assert not caplog.records
+        tokenizer(words(0, 9))
+        assert caplog.records
 
 
 # Separate documents

@@ -69,12 +69,14 @@ def test_a_local_task_agrees_with_the_model(
     data.write_text("".join(json.dumps({"page": page}) + "\n" for page in pages))
     task.write_text(TASK.format(data=data))
     model: Any = llama()
-    found = run_tasks(model, word_tokenizer(), [str(task)], batch_size=2)
+    tokenizer = word_tokenizer()
+    found = run_tasks(model, tokenizer, [str(task)], batch_size=2)
+    assert tokenizer.pad_token is None
     assert all(m.training for m in model.modules())
     model.eval()
     total = 0.0
     for page in pages:
-        ids = word_tokenizer()(page, add_special_tokens=False)["input_ids"]
+        ids = word_tokenizer()(page)["input_ids"]  # lm-eval counts the BOS that this one adds
         window = torch.tensor([[BOS, *ids]])
         with torch.no_grad():
             log_p = model(window).logits[0, :-1].double().log_softmax(-1)
