@@ -184,10 +184,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
     Raises:
         ModelError: for a model with adapters, whose own matrices must not be pruned.
     """
-    for attribute in ("_orig_mod", "module"):
-        inner = getattr(model, attribute, None)
-        if isinstance(inner, nn.Module):
-            model = inner
+    while True:
+        inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+        if not isinstance(inner, nn.Module):
+            break
+        model = inner
     if getattr(model, "peft_config", None):
         raise ModelError("the model carries adapters; merge_and_unload() them before pruning")
     if getattr(model, "quantization_method", None) or getattr(model, "is_quantized", False):

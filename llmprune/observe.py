@@ -58,7 +58,7 @@ class Observer:
 
     def _see(self, matrix: Matrix, x: Tensor) -> None:
         same = next(
-            (o for ref, version, o in self._fresh if ref() is x and version == x._version), None
+            (o for ref, version, o in self._fresh if ref() is x and version == _version(x)), None
         )
         mine = self._of.get(matrix.name)
         if mine is None and same is not None:  # reads what another matrix has just read
@@ -80,4 +80,9 @@ class Observer:
             )
         mine.stats.add(x)
         mine.sample.add(x)
-        self._fresh.append((weakref.ref(x), x._version, mine))
+        self._fresh.append((weakref.ref(x), _version(x), mine))
+
+
+def _version(x: Tensor) -> int:
+    """Changes whenever `x` is written to; tensors made under `torch.inference_mode` do not count."""
+    return 0 if x.is_inference() else x._version

@@ -85,6 +85,9 @@ class InputNorms:
     def add(self, inputs: Tensor) -> None:
         """Add the squares of a batch [..., features]."""
         x = inputs.detach().reshape(-1, inputs.shape[-1])
+        x = (
+            x.float() if x.dtype == torch.float64 else x
+        )  # torch widens while it sums, never narrows
         self.sum_sq += torch.linalg.vector_norm(x, dim=0, dtype=torch.float32).square_()
         self.tokens += x.shape[0]
 

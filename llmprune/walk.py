@@ -113,12 +113,33 @@ class Walker:
         return passes * len(self.batches) + len(matrices)
 
     def self_check(self) -> None:
-        """Compare one window, block by block, with the model's plain forward; learn the containers.
+        """Compare two windows, block by block, with the model's plain forward; learn the containers.
+
+        Each block runs on one window and then on the other before the next block runs, as in the walk, so
+        that state which a block leaves behind for the next one is of the wrong window and shows.
 
         Raises:
             WalkError: when a block run alone does not give exactly what it gives in the plain forward.
         """
-        window = self.batches[0][:1]
+        first = self.batches[0][:1]
+        last = self.batches[-1][-1:]
+        windows = [first, last if not torch.equal(first, last) else first.flip(1)]
+        plain = [self._plain(window) for window in windows]
+        self._extras = [
+            None if isinstance(out, Tensor) else type(out)([None, *out[1:]]) for out in plain[0]
+        ]
+        hidden: list[Tensor | None] = [None, None]
+        single = Walker(self.model, self.layers, windows)
+        for i in range(len(self.layers)):
+            for w in range(2):
+                template = plain[w][max(0, i - 1)]
+                if not isinstance(template, Tensor):
+                    single._extras[max(0, i - 1)] = type(template)([None, *template[1:]])
+                hidden[w] = self._checked(single, i, w, hidden[w], _hidden(plain[w][i]))
+        self._extras = [_without_tensors(e) for e in self._extras]
+
+    def _plain(self, window: Tensor) -> list[Any]:
+        """What every block returns in the model's plain forward on `window` [1, seqlen]."""
         outputs: dict[int, Any] = {}
 
         def record(index: int) -> Callable[..., None]:
@@ -133,22 +154,26 @@ class Walker:
                 raise WalkError(
                     f"block {i} of {type(self.model).__name__} takes no part in its forward"
                 )
-            if not isinstance(outputs[i], Tensor):
-                self._extras[i] = type(outputs[i])([None, *outputs[i][1:]])
-        single = Walker(self.model, self.layers, [window])
-        single._extras = self._extras
-        hidden: Tensor | None = None
-        for i in range(len(self.layers)):
-            expected = _hidden(outputs[i])
-            hidden = single.run(i, 0, hidden)
-            if not torch.equal(hidden, expected) and not _both_nan(hidden, expected):
-                gap = float((hidden.float() - expected.float()).abs().max())
-                raise WalkError(
-                    f"block {i} of {type(self.model).__name__} run alone differs from its plain forward "
-                    f"by {gap:.3g}; this family keeps state outside its blocks, and llmprune refuses "
-                    "to prune it from wrong activations"
-                )
-        self._extras = [_without_tensors(e) for e in self._extras]
+        return [outputs[i] for i in range(len(self.layers))]
+
+    def _checked(
+        self, single: Walker, index: int, window: int, hidden: Tensor | None, expected: Tensor
+    ) -> Tensor:
+        """Output of block `index` run alone on a window, once it is known to be the plain forward's."""
+        name = f"block {index} of {type(self.model).__name__} run alone"
+        why = "this family keeps state outside its blocks, and llmprune cannot prune it yet"
+        try:
+            out = single.run(index, window, hidden)
+        except torch.OutOfMemoryError:
+            raise
+        except (LookupError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+            if isinstance(error, WalkError):
+                raise
+            raise WalkError(f"{name} fails ({type(error).__name__}: {error}); {why}") from error
+        if not torch.equal(out, expected) and not _both_nan(out, expected):
+            gap = float((out.float() - expected.float()).abs().max())
+            raise WalkError(f"{name} differs from its plain forward by {gap:.3g}; {why}")
+        return out
 
 
 def _both_nan(a: Tensor, b: Tensor) -> bool:
@@ -205,33 +230,31 @@ def prune_blocks(
     depth = len(walker.layers) if outside else last + 1
     for index in range(depth):
         here = [m for m in matrices if m.block == index]
-        done: list[Done] = []
-        if here:
-            observer = Observer(task.method, total, walker.device)
-            with observer.watching(here):
+        with ExitStack() as later:  # the last corrections are made also when the caller stops early
+            if here:
+                observer = Observer(task.method, total, walker.device)
+                with observer.watching(here):
+                    for b in range(len(walker.batches)):
+                        progress(index, depth, f"observing {b + 1}/{len(walker.batches)}")
+                        observer.next_batch()
+                        walker.run(index, b, hidden[b])
+                for done in _prune_observed(observer, here, task, index, depth, progress):
+                    later.callback(done.settle)
+                    yield done.matrix, done.report, done.keep
+                del observer
+            if index + 1 < depth or outside:
                 for b in range(len(walker.batches)):
-                    progress(index, depth, f"observing {b + 1}/{len(walker.batches)}")
-                    observer.next_batch()
-                    walker.run(index, b, hidden[b])
-            for result in _prune_observed(observer, here, task, index, depth, progress):
-                done.append(result)
-                yield result.matrix, result.report, result.keep
-            del observer
-        if index + 1 < depth or outside:
-            for b in range(len(walker.batches)):
-                progress(index, depth, f"passing on {b + 1}/{len(walker.batches)}")
-                hidden[b] = walker.run(index, b, hidden[b])
-        for result in done:
-            result.settle()
+                    progress(index, depth, f"passing on {b + 1}/{len(walker.batches)}")
+                    hidden[b] = walker.run(index, b, hidden[b])
     if outside:
         observer = Observer(task.method, total, walker.device)
         with observer.watching(outside):
             for b in range(len(walker.batches)):
                 observer.next_batch()
                 walker.rest(b, cast(Tensor, hidden[b]))
-        for result in _prune_observed(observer, outside, task, depth, depth, progress):
-            result.settle()
-            yield result.matrix, result.report, result.keep
+        for done in _prune_observed(observer, outside, task, depth, depth, progress):
+            done.settle()
+            yield done.matrix, done.report, done.keep
 
 
 def _prune_observed(

@@ -23,7 +23,7 @@ if not HAS_CUDA:
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # Test tensors are small: more threads only wait for each other, and tests share their machine.
-torch.set_num_threads(min(4, os.cpu_count() or 1))
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", min(4, os.cpu_count() or 1))))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

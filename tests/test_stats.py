@@ -312,3 +312,11 @@ def test_the_error_over_the_sample_is_near_that_over_all_tokens() -> None:
     whole.add(x)
     assert len(sample.inputs) < 1024 < len(whole.inputs)
     assert sample.error(weight, pruned) == pytest.approx(whole.error(weight, pruned), rel=0.05)
+
+
+def test_float64_inputs_are_summed_in_float32() -> None:
+    x = torch.randn(50, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    norms = InputNorms.empty(6, torch.device("cpu"))
+    norms.add(x)
+    assert norms.sum_sq.dtype == torch.float32
+    torch.testing.assert_close(norms.sum_sq.double(), x.square().sum(0), rtol=1e-6, atol=0)

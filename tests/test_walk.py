@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 import llmprune
 from llmprune import methods
 from llmprune.errors import ConfigError, DataError, ModelError, NumericalError, WalkError
-from llmprune.model import blocks, matrices
+from llmprune.model import blocks, matrices, unwrapped
 from llmprune.pattern import NM
 from llmprune.prune_matrix import Task
 from llmprune.stats import Gram
@@ -443,6 +443,69 @@ def test_blocks_that_talk_past_their_return_values_are_refused() -> None:
         llmprune.prune(model, calibration=tokens(), progress=False)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert not any("forward" in block.__dict__ for block in model.model.layers)
+
+
+class LeakyFromTheSecond(Leaky):
+    """The same, but the first block wipes the board: one window after the other shows nothing."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.self_attn.layer_idx == 0:
+            self.board.clear()
+        return super().forward(hidden_states, *args, **kwargs)
+
+
+def test_state_that_the_first_block_wipes_is_refused() -> None:
+    with pytest.raises(WalkError, match="run alone differs"):
+        llmprune.prune(leaking(LeakyFromTheSecond), calibration=tokens(), progress=False)
+
+
+class Forgetful(LlamaDecoderLayer):
+    """A block that fails without what the block before it left, as shared keys and values do."""
+
+    board: ClassVar[dict[int, Tensor]] = {}
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        index = self.self_attn.layer_idx
+        if index:
+            self.board.pop(index - 1)
+        self.board[index] = hidden_states
+        return super().forward(hidden_states, *args, **kwargs)
+
+
+def test_a_block_that_fails_alone_is_refused_in_one_line() -> None:
+    model = tiny()
+    for block in model.model.layers:
+        block.__class__ = Forgetful
+    with pytest.raises(WalkError, match="fails \\(KeyError"):
+        llmprune.prune(model, calibration=tokens(), progress=False)
+
+
+def test_under_inference_mode() -> None:
+    plain, inferring = tiny(), tiny()
+    llmprune.prune(plain, calibration=tokens(), sparsity="2:4", progress=False)
+    with torch.inference_mode():
+        llmprune.prune(inferring, calibration=tokens(), sparsity="2:4", progress=False)
+    for name, weight in decoder_matrices(plain).items():
+        assert torch.equal(weight, decoder_matrices(inferring)[name])
+
+
+def test_wrappers_in_any_order_are_seen_through() -> None:
+    model = tiny()
+    assert unwrapped(torch.nn.DataParallel(torch.compile(model))) is model
+    assert unwrapped(torch.compile(torch.nn.DataParallel(model))) is model
+
+
+def test_stopping_inside_a_block_leaves_the_counts_exact() -> None:
+    """Corrections that wait for the end of the block are made also when it is not reached."""
+    model = tiny()
+    method = methods.build("sparsegpt")
+    walker = Walker(model, blocks(model)[1], [tokens()])
+    task = Task(method, method.resolve(llmprune.Unstructured(0.5)))
+    with torch.no_grad():
+        walk = prune_blocks(walker, matrices(model), task, lambda *step: None)
+        matrix, report, keep = next(walk)
+        walk.close()
+    assert int(matrix.weight.count_nonzero()) == report.kept == int(keep.sum())
 
 
 def test_a_block_that_the_forward_leaves_out_is_refused() -> None:
