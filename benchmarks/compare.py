@@ -213,7 +213,9 @@ def _llm_compressor(model: Any, ids: Any, method: str, pattern: str) -> None:
 def _random_model(folder: Path) -> Path:
     """A random Llama of 110 million parameters in float32, with seeded weights."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from llmprune.demo import MODEL_DIR
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -226,6 +228,7 @@ def _random_model(folder: Path) -> Path:
         tie_word_embeddings=True,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(MODEL_DIR).save_pretrained(folder)  # llm-compressor wants one
     return folder
 
 

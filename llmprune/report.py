@@ -133,6 +133,11 @@ class Report:
         lines.append(f"{'all':<28} {len(self.layers):>5} {self.weights:>14,} {self.sparsity:>9.2%}")
         if skipped := [layer for layer in self.layers if layer.skipped]:
             lines.append(f"left dense: {len(skipped)} ({skipped[0].name}: {skipped[0].skipped})")
+        if raised := [layer for layer in self.layers if "damping" in layer.notes]:
+            most = max(raised, key=lambda layer: float(layer.notes["damping"]))
+            lines.append(
+                f"damping raised: {len(raised)} (most at {most.name}, to {most.notes['damping']:g})"
+            )
         for name, result in self.perplexity.items():
             lines.append(
                 f"perplexity {name:<8} {result.perplexity:>10.3f} +- {result.standard_error:.3f}"

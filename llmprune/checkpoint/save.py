@@ -113,7 +113,9 @@ def save(
             with _stored_dtypes(model, stored or {}) as dtype:
                 _write_model(model, staging, max_shard_size)
             _settle_config(staging / "config.json", dtype)
-            for weights in staging.glob("*.safetensors"):  # safetensors 0.8 lets the owner alone read
+            for weights in staging.glob(
+                "*.safetensors"
+            ):  # safetensors 0.8 lets the owner alone read
                 weights.chmod((staging / "config.json").stat().st_mode)
             verify(staging, [replace(e, key=e.key or _file_key(model, e.name)) for e in expected])
     except (OSError, SafetensorError) as error:
