@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from llmprune.errors import ConfigError, DataError, NumericalError
+from llmprune.progress import interval
 from llmprune.report import PerplexityReport
 from llmprune.texts import documents, encode, read_ids, suffix
 
@@ -140,7 +141,7 @@ def _losses(model: Any, windows: Tensor, batch_size: int, progress: bool) -> Ten
     losses: list[Tensor] = []
     bar = tqdm(
         total=windows.numel(), desc="perplexity", unit="tok", unit_scale=True, delay=2, leave=False,
-        disable=not progress,
+        disable=not progress, mininterval=interval(),
     )  # fmt: skip
     with bar, _evaluating(model), torch.inference_mode():
         for batch in torch.split(windows, batch_size):

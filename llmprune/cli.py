@@ -148,6 +148,7 @@ def _inspect(argv: Sequence[str]) -> int:
     parser.add_argument("checkpoint", help="folder, .safetensors file, Hub id, or demo")
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
     parser.add_argument("--json", action="store_true", help="print as JSON")
+    parser.add_argument("--summary", action="store_true", help="no line per layer")
     args = parser.parse_args(argv)
     import json
 
@@ -158,8 +159,11 @@ def _inspect(argv: Sequence[str]) -> int:
         from llmprune.demo import MODEL_DIR
 
         name = str(MODEL_DIR)
-    found = inspect(name, revision=args.revision)
-    print(json.dumps(found.as_dict(), indent=2) if args.json else found.table())
+    found = inspect(name, revision=args.revision, progress=True)
+    if args.json:
+        print(json.dumps(found.as_dict(), indent=2))
+    else:
+        print(found.table() if args.summary else f"{found.layers()}\n\n{found.table()}")
     return 0
 
 

@@ -9,6 +9,11 @@ from typing import Self
 from tqdm import tqdm
 
 
+def interval() -> float:
+    """Seconds between two drawings of a bar: few where stderr is a log and every one stays."""
+    return 0.2 if sys.stderr.isatty() else 30.0
+
+
 class Bar:
     """Counts steps; shown only after two seconds, so that short runs stay quiet.
 
@@ -25,7 +30,7 @@ class Bar:
             disable=not enabled,
             delay=2,
             dynamic_ncols=True,
-            mininterval=0.2 if sys.stderr.isatty() else 30,
+            mininterval=interval(),
             bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
         )
 

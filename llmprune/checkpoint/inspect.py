@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
 
 from llmprune.checkpoint.census import Axis, Census, take
 from llmprune.checkpoint.files import Files, find
 from llmprune.checkpoint.target import size
 from llmprune.errors import CheckpointError
+from llmprune.progress import interval
 
 _CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # stored [in, out]
 _TOWERS = {"vision", "visual", "vision_tower", "vision_model", "audio", "audio_tower"}
@@ -113,6 +115,18 @@ class Inspection:
             "tensors": [{**asdict(t), "sparsity": _share([t])} for t in self.tensors],
         }
 
+    def layers(self) -> str:
+        """A row per decoder matrix, in the order of the blocks, for a terminal."""
+        ordered = sorted(
+            self.decoder, key=lambda t: [int(p) if p.isdigit() else -1 for p in t.name.split(".")]
+        )
+        names = [t.name.removesuffix(".weight") for t in ordered]
+        width = max(map(len, names), default=0)
+        return "\n".join(
+            f"{name:<{width}} {'x'.join(map(str, t.shape)):>14} {_share([t]):>8.2%}  {_held([t])}"
+            for name, t in zip(names, ordered, strict=True)
+        )
+
     def table(self) -> str:
         """A row per kind of decoder matrix, then the totals, for a terminal."""
         row = "{:<28} {:>6} {:>16} {:>8} {:>9}  {}".format
@@ -147,7 +161,11 @@ class Inspection:
 
 
 def inspect(
-    source: str | Path, *, revision: str | None = None, token: str | None = None
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    progress: bool = False,
 ) -> Inspection:
     """Read a checkpoint and say what it holds; the largest tensor is what it takes of memory.
 
@@ -156,6 +174,7 @@ def inspect(
             to the cache one after the other.
         revision: branch, tag or commit on the Hub.
         token: for a private model; None takes the one that is logged in.
+        progress: show a bar after two seconds.
 
     Raises:
         CheckpointError: nothing there, no safetensors, a missing or damaged file, a broken index.
@@ -166,10 +185,16 @@ def inspect(
     tensors: list[TensorCensus] = []
     total = 0
     shards = files.shards()
-    for shard, keys in shards.items():
-        path = files.fetch(shard)
-        total += path.stat().st_size
-        tensors += _read(files, shard, path, keys, model_type)
+    bar = tqdm(
+        unit="tensor", desc="inspecting", delay=2, disable=not progress, mininterval=interval()
+    )
+    with bar:
+        for shard, keys in shards.items():
+            path = files.fetch(shard)
+            total += path.stat().st_size
+            for tensor in _read(files, shard, path, keys, model_type):
+                tensors.append(tensor)
+                bar.update()
     return Inspection(str(source), model_type, tuple(tensors), len(shards), total)
 
 

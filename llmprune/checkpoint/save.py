@@ -113,10 +113,6 @@ def save(
             with _stored_dtypes(model, stored or {}) as dtype:
                 _write_model(model, staging, max_shard_size)
             _settle_config(staging / "config.json", dtype)
-            for weights in staging.glob(
-                "*.safetensors"
-            ):  # safetensors 0.8 lets the owner alone read
-                weights.chmod((staging / "config.json").stat().st_mode)
             verify(staging, [replace(e, key=e.key or _file_key(model, e.name)) for e in expected])
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
@@ -172,6 +168,8 @@ def _write_model(model: PreTrainedModel, staging: Path, max_shard_size: int | st
     if generation is not None and model.can_generate():
         path = staging / "generation_config.json"
         generation.to_json_file(path, use_diff=True, keys_to_pop=["compile_config"])
+    for weights in staging.glob("*.safetensors"):  # safetensors 0.8 lets the owner alone read
+        weights.chmod((staging / "config.json").stat().st_mode)
 
 
 def _settle_config(path: Path, dtype: torch.dtype) -> None:
