@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from llmprune.errors import ConfigError, DataError, NumericalError
+from llmprune.preserve import evaluating
 from llmprune.progress import interval
 from llmprune.report import PerplexityReport
 from llmprune.texts import documents, encode, read_ids, suffix
@@ -143,7 +142,7 @@ def _losses(model: Any, windows: Tensor, batch_size: int, progress: bool) -> Ten
         total=windows.numel(), desc="perplexity", unit="tok", unit_scale=True, delay=2, leave=False,
         disable=not progress, mininterval=interval(),
     )  # fmt: skip
-    with bar, _evaluating(model), torch.inference_mode():
+    with bar, evaluating(model), torch.inference_mode():
         for batch in torch.split(windows, batch_size):
             inputs = batch.to(device)
             logits = model(input_ids=inputs, use_cache=False).logits
@@ -191,15 +190,3 @@ def _protocol(seqlen: int, bos: int | None, limit: int | None) -> str:
         f"one text tokenised once, {first}disjoint windows of {seqlen}, tail dropped, {rule}, "
         "exp of the mean window loss"
     )
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """Dropout off, and every module's mode put back, come what may."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

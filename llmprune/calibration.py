@@ -69,6 +69,17 @@ def default_seqlen(model_limit: int | None) -> int:
     return SEQLEN if model_limit is None else min(SEQLEN, model_limit)
 
 
+def window(asked: int | None, limit: int | None) -> int:
+    """Tokens per window: as asked, or min(2048, what the model allows).
+
+    Raises:
+        ConfigError: when more is asked than the model allows.
+    """
+    if asked is not None and limit is not None and asked > limit:
+        raise ConfigError(f"seqlen {asked} is beyond the {limit} tokens that the model allows")
+    return asked or default_seqlen(limit)
+
+
 def load(
     source: Source,
     tokenizer: Any,

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from llmprune import loading
-from llmprune.calibration import default_seqlen
+from llmprune.calibration import window
 from llmprune.choices import ModelChoice, Voice
 from llmprune.errors import ConfigError
 from llmprune.eval import perplexity as measure
@@ -14,17 +14,6 @@ from llmprune.eval import tasks as lm_eval
 from llmprune.loading import Source
 from llmprune.model import max_seqlen
 from llmprune.provenance import versions
-
-
-def window(asked: int | None, limit: int | None) -> int:
-    """Tokens per window: as asked, or min(2048, what the model allows).
-
-    Raises:
-        ConfigError: when more is asked than the model allows.
-    """
-    if asked is not None and limit is not None and asked > limit:
-        raise ConfigError(f"seqlen {asked} is beyond the {limit} tokens that the model allows")
-    return asked or default_seqlen(limit)
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,11 @@ import torch
 from torch import Tensor
 
 from llmprune import hub, loading, plot
-from llmprune.calibration import Calibration
+from llmprune.calibration import Calibration, window
 from llmprune.checkpoint.save import check_saveable, check_target, expectations, save
 from llmprune.choices import ModelChoice, Voice
 from llmprune.errors import DataError, NumericalError
 from llmprune.eval import perplexity as measure
-from llmprune.evaluate import window
 from llmprune.loading import Opened, Source
 from llmprune.model import Matrix, check_weights, matrices, max_seqlen
 from llmprune.prune_matrix import check_fit

@@ -257,10 +257,7 @@ def calibrate(
         ConfigError: windows beyond `limit`.
         DataError: data that cannot be read or is too short.
     """
-    if config.seqlen is not None and limit is not None and config.seqlen > limit:
-        raise ConfigError(
-            f"seqlen {config.seqlen} is beyond the {limit} tokens that the model allows"
-        )
+    calibrations.window(config.seqlen, limit)
     data = calibrations.load(
         config.calibration,
         tokenizer,
