@@ -84,6 +84,9 @@ class Report:
         recipe: the settings that decide the result, as typed or by default.
         model: what was pruned: name or path, class, parameters.
         layers: one entry per matrix that was in reach.
+        walk: what the run of a block started from: `blocks`, the stored output of the block before;
+            `whole model`, the tokens, in a family that keeps state outside its blocks; None when the
+            method needs no data.
         calibration: None when the method needs no data.
         perplexity: by name, `dense` and `pruned`, when measured.
         seconds: wall clock by phase: `load`, `calibrate`, `prune`, ...
@@ -93,6 +96,7 @@ class Report:
     recipe: dict[str, Any]
     model: dict[str, Any]
     layers: list[LayerReport]
+    walk: str | None = None
     calibration: CalibrationReport | None = None
     perplexity: dict[str, PerplexityReport] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)

@@ -26,6 +26,7 @@ from llmprune.provenance import describe, versions
 from llmprune.prune_matrix import Task, check_fit, prune_matrix
 from llmprune.report import LayerReport, Report
 from llmprune.walk import Walker, prune_blocks
+from llmprune.whole import checked_walker
 
 TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 8192}
 """Default batch. On two CPU cores 1024 tokens take a fifth less time than 4096 (a block's intermediate
@@ -202,7 +203,8 @@ def prune_with(
     layers: list[LayerReport] = []
     task = Task(method, pattern, config.ragged == "dense")
     with evaluating(model), random_state(model):
-        for matrix, report, keep in _pruned(model, chosen, task, data, config, progress):
+        walker = _walker(model, data, config, say) if data else None
+        for matrix, report, keep in _pruned(walker, chosen, task, progress):
             layers.append(report)
             on_mask(matrix, report, keep)
     seconds["prune"] = time.perf_counter() - begun
@@ -210,6 +212,7 @@ def prune_with(
         recipe=config.recipe(),
         model=describe(model),
         layers=layers,
+        walk=walker.kind if walker else None,
         calibration=data.report() if data else None,
         seconds=seconds,
         versions=versions(next(model.parameters()).device),
@@ -219,16 +222,19 @@ def prune_with(
     return result
 
 
+def _walker(
+    model: nn.Module, data: Calibration, config: PruneConfig, say: Callable[[str], None]
+) -> Walker:
+    """What runs the blocks of `model` on the windows of `data`, checked."""
+    size = config.batch_size or default_batch(model, data.ids.shape[1])
+    return checked_walker(model, blocks(model)[1], list(data.batches(size)), say)
+
+
 def _pruned(
-    model: nn.Module,
-    chosen: Sequence[Matrix],
-    task: Task,
-    data: Calibration | None,
-    config: PruneConfig,
-    progress: bool,
+    walker: Walker | None, chosen: Sequence[Matrix], task: Task, progress: bool
 ) -> Iterable[tuple[Matrix, LayerReport, Tensor]]:
     """Prune every chosen matrix, with calibration data or from the weights alone."""
-    if data is None:
+    if walker is None:
         with Bar(len(chosen), "pruning", unit="matrix", enabled=progress) as bar:
             for index, matrix in enumerate(chosen):
                 bar.step(index, len(chosen), matrix.name)
@@ -236,9 +242,6 @@ def _pruned(
                 done.settle()
                 yield matrix, done.report, done.keep
         return
-    size = config.batch_size or default_batch(model, data.ids.shape[1])
-    walker = Walker(model, blocks(model)[1], list(data.batches(size)))
-    walker.self_check()
     with Bar(walker.steps(chosen), "pruning", enabled=progress) as bar:
         yield from prune_blocks(walker, chosen, task, bar.step)
 

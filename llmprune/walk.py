@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, cast
+from typing import Any, ClassVar, Literal, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,12 @@ class _Stop(Exception):
     """Ends a forward once the block of interest has run."""
 
 
-def _hidden(output: Any) -> Tensor:
+def stopped() -> NoReturn:
+    """End the forward that is running; `Walker.forward` returns."""
+    raise _Stop
+
+
+def hidden_state(output: Any) -> Tensor:
     """The hidden state in what a block returns: a tensor, or the first of a tuple or list."""
     return cast(Tensor, output if isinstance(output, Tensor) else output[0])
 
@@ -39,7 +44,12 @@ class Walker:
         model: the whole model; its parameters are never changed here.
         layers: its decoder blocks.
         batches: token ids, each [batch, seqlen] int64, on any device.
+        kind: what a block's run starts from, for the report.
+        passes_on: whether a block's run needs the stored output of the block before.
     """
+
+    kind: ClassVar[Literal["blocks", "whole model"]] = "blocks"
+    passes_on: ClassVar[bool] = True
 
     def __init__(self, model: nn.Module, layers: nn.ModuleList, batches: Sequence[Tensor]) -> None:
         self.model = model
@@ -99,7 +109,7 @@ class Walker:
             )
         return out[0]
 
-    def rest(self, batch: int, hidden: Tensor) -> None:
+    def rest(self, batch: int, hidden: Tensor | None) -> None:
         """Everything but the blocks, on the last block's output."""
         with self.only(len(self.layers), hidden, None):
             self.forward(self.batches[batch])
@@ -109,8 +119,8 @@ class Walker:
         inside = {m.block for m in matrices if m.block is not None}
         outside = len(inside) == 0 or any(m.block is None for m in matrices)
         depth = len(self.layers) if outside else max(inside) + 1
-        passes = len(inside) + (depth if outside else depth - 1)
-        return passes * len(self.batches) + len(matrices)
+        passes = (depth if outside else depth - 1) if self.passes_on else 0
+        return (len(inside) + passes) * len(self.batches) + len(matrices)
 
     def self_check(self) -> None:
         """Compare two windows, block by block, with the model's plain forward; learn the containers.
@@ -121,10 +131,14 @@ class Walker:
         Raises:
             WalkError: when a block run alone does not give exactly what it gives in the plain forward.
         """
-        first = self.batches[0][:1]
-        last = self.batches[-1][-1:]
-        windows = [first, last if not torch.equal(first, last) else first.flip(1)]
-        plain = [self._plain(window) for window in windows]
+        windows = self.two_windows()
+        runs = [self._plain(window) for window in windows]
+        for i, calls in enumerate(runs[0]):
+            if len(calls) > 1:
+                raise WalkError(
+                    f"block {i} of {type(self.model).__name__} runs {len(calls)} times in a forward"
+                )
+        plain = [[calls[-1] for calls in run] for run in runs]
         self._extras = [
             None if isinstance(out, Tensor) else type(out)([None, *out[1:]]) for out in plain[0]
         ]
@@ -135,33 +149,38 @@ class Walker:
                 template = plain[w][max(0, i - 1)]
                 if not isinstance(template, Tensor):
                     single._extras[max(0, i - 1)] = type(template)([None, *template[1:]])
-                hidden[w] = self._checked(single, i, w, hidden[w], _hidden(plain[w][i]))
+                hidden[w] = self._checked(single, i, w, hidden[w], hidden_state(plain[w][i]))
         self._extras = [_without_tensors(e) for e in self._extras]
 
-    def _plain(self, window: Tensor) -> list[Any]:
-        """What every block returns in the model's plain forward on `window` [1, seqlen]."""
-        outputs: dict[int, Any] = {}
+    def two_windows(self) -> list[Tensor]:
+        """Two windows [1, seqlen] that differ, for the self-check."""
+        first = self.batches[0][:1]
+        last = self.batches[-1][-1:]
+        return [first, last if not torch.equal(first, last) else first.flip(1)]
 
-        def record(index: int) -> Callable[..., None]:
-            return lambda module, args, output: outputs.__setitem__(index, output)
+    def _plain(self, window: Tensor) -> list[list[Any]]:
+        """What every block returns, call by call, in the model's plain forward on `window` [1, seqlen]."""
+        outputs: list[list[Any]] = [[] for _ in self.layers]
+
+        def record(calls: list[Any]) -> Callable[..., None]:
+            return lambda module, args, output: calls.append(output)
 
         with ExitStack() as handles:
-            for i, block in enumerate(self.layers):
-                handles.callback(block.register_forward_hook(record(i)).remove)
+            for block, calls in zip(self.layers, outputs, strict=True):
+                handles.callback(block.register_forward_hook(record(calls)).remove)
             self.model(input_ids=window.to(self.device), use_cache=False)
-        for i in range(len(self.layers)):
-            if i not in outputs:
+        for i, calls in enumerate(outputs):
+            if not calls:
                 raise WalkError(
                     f"block {i} of {type(self.model).__name__} takes no part in its forward"
                 )
-        return [outputs[i] for i in range(len(self.layers))]
+        return outputs
 
     def _checked(
         self, single: Walker, index: int, window: int, hidden: Tensor | None, expected: Tensor
     ) -> Tensor:
         """Output of block `index` run alone on a window, once it is known to be the plain forward's."""
         name = f"block {index} of {type(self.model).__name__} run alone"
-        why = "this family keeps state outside its blocks, and llmprune cannot prune it yet"
         try:
             out = single.run(index, window, hidden)
         except torch.OutOfMemoryError:
@@ -169,15 +188,15 @@ class Walker:
         except (LookupError, AttributeError, TypeError, ValueError, RuntimeError) as error:
             if isinstance(error, WalkError):
                 raise
-            raise WalkError(f"{name} fails ({type(error).__name__}: {error}); {why}") from error
-        if not torch.equal(out, expected) and not _both_nan(out, expected):
-            gap = float((out.float() - expected.float()).abs().max())
-            raise WalkError(f"{name} differs from its plain forward by {gap:.3g}; {why}")
+            raise WalkError(f"{name} fails ({type(error).__name__}: {error})") from error
+        if not same(out, expected):
+            raise WalkError(f"{name} differs from its plain forward")
         return out
 
 
-def _both_nan(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal bit for bit, NaN equal to NaN."""
+    return torch.equal(a, b) or torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
 def _without_tensors(template: Any) -> Any:
@@ -193,7 +212,7 @@ def _running(
     def run(*args: Any, **kwargs: Any) -> Any:
         out = inner(*args, **kwargs)
         if then is not None:
-            then(_hidden(out))
+            then(hidden_state(out))
         raise _Stop
 
     return run
@@ -242,7 +261,7 @@ def prune_blocks(
                     later.callback(done.settle)
                     yield done.matrix, done.report, done.keep
                 del observer
-            if index + 1 < depth or outside:
+            if walker.passes_on and (index + 1 < depth or outside):
                 for b in range(len(walker.batches)):
                     progress(index, depth, f"passing on {b + 1}/{len(walker.batches)}")
                     hidden[b] = walker.run(index, b, hidden[b])
@@ -251,7 +270,7 @@ def prune_blocks(
         with observer.watching(outside):
             for b in range(len(walker.batches)):
                 observer.next_batch()
-                walker.rest(b, cast(Tensor, hidden[b]))
+                walker.rest(b, hidden[b])
         for done in _prune_observed(observer, outside, task, depth, depth, progress):
             done.settle()
             yield done.matrix, done.report, done.keep

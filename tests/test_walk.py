@@ -7,13 +7,12 @@ import functools
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import llmprune
 from llmprune import methods
@@ -414,72 +413,6 @@ def test_gradient_checkpointing_changes_nothing() -> None:
 # What is refused before a weight is touched
 
 
-class Leaky(LlamaDecoderLayer):
-    """A block that adds what the block before it has left in an attribute they share."""
-
-    board: ClassVar[dict[str, Tensor]] = {}
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        out = super().forward(hidden_states, *args, **kwargs)
-        out = out + 0.1 * self.board.get("last", torch.zeros_like(out))
-        self.board["last"] = out
-        return out
-
-
-def leaking(cls: type[nn.Module] = Leaky) -> Any:
-    model = tiny()
-    for block in model.model.layers:
-        block.__class__ = cls
-    Leaky.board.clear()
-    return model
-
-
-def test_blocks_that_talk_past_their_return_values_are_refused() -> None:
-    model = leaking()
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(
-        WalkError, match="LlamaForCausalLM run alone differs from its plain forward"
-    ):
-        llmprune.prune(model, calibration=tokens(), progress=False)
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    assert not any("forward" in block.__dict__ for block in model.model.layers)
-
-
-class LeakyFromTheSecond(Leaky):
-    """The same, but the first block wipes the board: one window after the other shows nothing."""
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.self_attn.layer_idx == 0:
-            self.board.clear()
-        return super().forward(hidden_states, *args, **kwargs)
-
-
-def test_state_that_the_first_block_wipes_is_refused() -> None:
-    with pytest.raises(WalkError, match="run alone differs"):
-        llmprune.prune(leaking(LeakyFromTheSecond), calibration=tokens(), progress=False)
-
-
-class Forgetful(LlamaDecoderLayer):
-    """A block that fails without what the block before it left, as shared keys and values do."""
-
-    board: ClassVar[dict[int, Tensor]] = {}
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        index = self.self_attn.layer_idx
-        if index:
-            self.board.pop(index - 1)
-        self.board[index] = hidden_states
-        return super().forward(hidden_states, *args, **kwargs)
-
-
-def test_a_block_that_fails_alone_is_refused_in_one_line() -> None:
-    model = tiny()
-    for block in model.model.layers:
-        block.__class__ = Forgetful
-    with pytest.raises(WalkError, match="fails \\(KeyError"):
-        llmprune.prune(model, calibration=tokens(), progress=False)
-
-
 def test_under_inference_mode() -> None:
     plain, inferring = tiny(), tiny()
     llmprune.prune(plain, calibration=tokens(), sparsity="2:4", progress=False)
@@ -787,7 +720,7 @@ def test_all_is_as_before_after_an_exception_in_the_forward() -> None:
 
     def failing(module: nn.Module, args: Any) -> None:
         calls.append(1)
-        if len(calls) == 4:
+        if len(calls) == 6:  # the self-check's are four
             raise RuntimeError("in the forward")
 
     model.model.layers[1].mlp.register_forward_pre_hook(failing)
