@@ -1,7 +1,8 @@
 """Which matrices of a model may be pruned: the only room that knows families.
 
-A *block* is one decoder layer. A *matrix* is a weight that multiplies hidden states: `nn.Linear`, or
-transformers' `Conv1D`, which stores its weight [in, out]; both are seen as [out, in] from here on.
+A *block* is one decoder layer. A *matrix* is a weight that multiplies hidden states: `nn.Linear`,
+transformers' `Conv1D`, which stores its weight [in, out], or one expert of a fused parameter, [experts,
+out, in] or [experts, in, out]; all are seen as [out, in] from here on.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmprune import experts
 from llmprune.errors import ConfigError, ModelError
 
 
@@ -23,28 +25,52 @@ class Matrix:
     """One prunable weight.
 
     Attributes:
-        name: full module name, such as `model.layers.0.mlp.up_proj`.
-        module: the module that holds it as `weight`.
-        transposed: whether `module.weight` is stored [in, out].
+        name: full module name, such as `model.layers.0.mlp.up_proj`; for an expert of a fused parameter
+            `model.layers.0.mlp.experts.3.gate_up_proj`, as if it were a module of its own.
+        module: the module that holds it.
+        transposed: whether it is stored [in, out].
         block: index of the decoder block, or None for a matrix outside of them.
+        attribute: name of the parameter in the module.
+        expert: which slice of a fused parameter it is, or None for a parameter of two dimensions.
     """
 
     name: str
     module: nn.Module
     transposed: bool
     block: int | None
+    attribute: str = "weight"
+    expert: int | None = None
 
     @property
     def parameter(self) -> nn.Parameter:
-        """The parameter itself, in its own layout."""
-        weight = self.module.weight
-        assert isinstance(weight, nn.Parameter)
-        return weight
+        """The whole parameter, in its own layout: [experts, ., .] where experts are fused."""
+        parameter = getattr(self.module, self.attribute)
+        assert isinstance(parameter, nn.Parameter)
+        return parameter
+
+    @property
+    def parameter_name(self) -> str:
+        """The parameter's name in the model, as `named_parameters` gives it."""
+        if self.expert is None:
+            return f"{self.name}.{self.attribute}"
+        return f"{experts.owner(self.name, self.attribute)}.{self.attribute}"
+
+    @property
+    def number(self) -> int | None:
+        """Which expert it belongs to, fused or a module of its own; None where every token comes."""
+        return experts.number(self.name) if self.expert is None else self.expert
+
+    @property
+    def siblings(self) -> str:
+        """One name for the same matrix of all experts of a block."""
+        if self.expert is not None:
+            return self.parameter_name
+        return re.sub(r"\bexperts\.\d+\.", "experts.", self.name)
 
     @property
     def weight(self) -> Tensor:
         """The weight as [out, in], sharing memory with the model."""
-        weight = self.parameter.detach()
+        weight = self._stored()
         return weight.T if self.transposed else weight
 
     @property
@@ -56,7 +82,12 @@ class Matrix:
     @torch.no_grad()
     def write(self, weight: Tensor) -> None:
         """Put `weight` [out, in] into the model."""
-        self.parameter.data.copy_(weight.T if self.transposed else weight)
+        self._stored().copy_(weight.T if self.transposed else weight)
+
+    def _stored(self) -> Tensor:
+        """The weight in its own layout, sharing memory with the model, outside of autograd."""
+        parameter = self.parameter.data
+        return parameter if self.expert is None else parameter[self.expert]
 
 
 def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -98,19 +129,10 @@ def matrices(
 
     Raises:
         ConfigError: for an entry that matches nothing, or when nothing is left.
-        ModelError: for a matrix that cannot be pruned: tied, or fused experts.
+        ModelError: for a matrix that cannot be pruned: tied, or experts in a layout of their own.
     """
-    prefix, layers = blocks(model)
-    found: list[Matrix] = []
-    seen: set[int] = set()
-    for name, module in model.named_modules():
-        if not _is_matrix(module) or id(module.weight) in seen:
-            continue
-        inside = re.match(rf"{re.escape(prefix)}\.(\d+)\.", name)
-        index = int(inside[1]) if inside else None
-        if inside or targets:
-            seen.add(id(module.weight))
-            found.append(Matrix(name, module, type(module).__name__ == "Conv1D", index))
+    layers = blocks(model)[1]
+    found = [m for m in every_matrix(model) if m.block is not None or targets]
     for entry in (*targets, *ignore):
         if not any(_matches(entry, m.name, m.module) for m in found):
             kinds = sorted({m.name.split(".")[-1] for m in found})
@@ -120,12 +142,32 @@ def matrices(
         chosen = [m for m in found if any(_matches(t, m.name, m.module) for t in targets)]
     else:
         chosen = [m for m in found if not _is_router(m)]
-        _refuse_fused_experts(layers)
+        experts.refuse_flat(layers)
     chosen = [m for m in chosen if not any(_matches(i, m.name, m.module) for i in ignore)]
     if not chosen:
         raise ConfigError("no matrix is left to prune; loosen --targets or --ignore")
     _refuse_tied(model, chosen)
     return sorted(chosen, key=lambda m: len(layers) if m.block is None else m.block)
+
+
+def every_matrix(model: nn.Module) -> Iterator[Matrix]:
+    """Every matrix of the model, routers and those outside of the blocks too, each parameter once."""
+    prefix = blocks(model)[0]
+    seen: set[int] = set()
+    probed: dict[tuple[type, str], bool] = {}
+    for name, module in model.named_modules():
+        inside = re.match(rf"{re.escape(prefix)}\.(\d+)\.", name)
+        index = int(inside[1]) if inside else None
+        if _is_matrix(module) and id(module.weight) not in seen:
+            seen.add(id(module.weight))
+            yield Matrix(name, module, type(module).__name__ == "Conv1D", index)
+        for attribute, parameter in experts.fused(module):
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                flipped = experts.transposed(model, module, attribute, probed)
+                for e in range(len(parameter)):
+                    called = experts.named(name, attribute, e)
+                    yield Matrix(called, module, flipped, index, attribute, e)
 
 
 def _is_matrix(module: nn.Module) -> bool:
@@ -165,16 +207,6 @@ def _refuse_tied(model: nn.Module, chosen: Sequence[Matrix]) -> None:
             tied = embeddings[id(matrix.parameter)]
             raise ModelError(
                 f"{matrix.name} is tied to the embedding {tied}; untie it or ignore it"
-            )
-
-
-def _refuse_fused_experts(layers: nn.ModuleList) -> None:
-    """Experts that are one three-dimensional parameter would silently stay dense."""
-    for name, parameter in layers.named_parameters():
-        if parameter.dim() == 3 and "expert" in name:
-            raise ModelError(
-                f"{name} holds fused experts, which llmprune cannot prune yet; "
-                "to prune the rest only, name it: --targets '*_proj'"
             )
 
 
@@ -239,11 +271,4 @@ def sparsity(model: nn.Module) -> float:
 
 
 def _decoder_matrices(model: nn.Module) -> Iterator[Matrix]:
-    prefix, layers = blocks(model)
-    for index, block in enumerate(layers):
-        for name, module in block.named_modules():
-            if _is_matrix(module):
-                conv = type(module).__name__ == "Conv1D"
-                matrix = Matrix(f"{prefix}.{index}.{name}", module, conv, index)
-                if not _is_router(matrix):
-                    yield matrix
+    return (m for m in every_matrix(model) if m.block is not None and not _is_router(m))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from llmprune.errors import WalkError
 from llmprune.methods.base import Method
 from llmprune.model import Matrix
 from llmprune.stats import InputSample, Stats
+from llmprune.watch import watching
 
 
 @dataclass
@@ -27,10 +28,20 @@ class Observed:
 
 
 class Observer:
-    """Collects statistics for the matrices of one block, once per distinct input."""
+    """Collects statistics for the matrices of one block, once per distinct input.
 
-    def __init__(self, method: Method[Any], tokens: int, device: torch.device) -> None:
+    An expert's are of the tokens that are routed to it, or with `all_experts` of all tokens.
+    """
+
+    def __init__(
+        self,
+        method: Method[Any],
+        tokens: int,
+        device: torch.device,
+        all_experts: bool = False,
+    ) -> None:
         self.method = method
+        self.all_experts = all_experts
         self.tokens = tokens
         self.device = device
         self.inputs: list[Observed] = []
@@ -40,15 +51,50 @@ class Observer:
     @contextmanager
     def watching(self, matrices: Sequence[Matrix]) -> Iterator[Observer]:
         """While open, every forward adds to the statistics of `matrices`."""
+        fused: dict[nn.Module, list[Matrix]] = {}
         with ExitStack() as handles:
             for matrix in matrices:
+                if matrix.expert is not None:
+                    fused.setdefault(matrix.module, []).append(matrix)
+                    continue
                 hook = matrix.module.register_forward_pre_hook(self._hook(matrix), with_kwargs=True)
                 handles.callback(hook.remove)
+            for module, held in fused.items():
+                handles.enter_context(self._watching_experts(module, held))
             yield self
 
     def next_batch(self) -> None:
         """Forget which tensors were seen: a new forward begins."""
         self._fresh.clear()
+
+    def unreached(self, matrices: Sequence[Matrix]) -> list[Matrix]:
+        """Those of `matrices` that no token has reached: experts that no token was routed to.
+
+        Raises:
+            WalkError: for a matrix that every token should reach, and where no expert saw a token.
+        """
+        missing = [m for m in matrices if m.name not in self._of]
+        reached = {m.siblings for m in matrices if m.name in self._of}
+        for matrix in missing:
+            if matrix.number is None or matrix.siblings not in reached:
+                raise WalkError(
+                    f"{matrix.name} takes no part in the forward; leave it out with --ignore"
+                )
+        return missing
+
+    def _watching_experts(
+        self, module: nn.Module, held: Sequence[Matrix]
+    ) -> AbstractContextManager[None]:
+        """Watch the experts `held` of one module, each with the tokens that reach it."""
+        of = {(m.attribute, m.expert): m for m in held}
+
+        def see(attribute: str, expert: int, tokens: Tensor) -> None:
+            if matrix := of.get((attribute, expert)):
+                self._see(matrix, tokens)
+
+        flipped = {m.attribute: m.transposed for m in held}
+        every = {m.expert for m in held if m.expert is not None} if self.all_experts else None
+        return watching(module, flipped, see, every)
 
     def _hook(self, matrix: Matrix) -> Callable[..., None]:
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

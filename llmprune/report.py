@@ -125,7 +125,7 @@ class Report:
         """The run in a few lines for a terminal: one row per kind of matrix, then the totals."""
         rows: dict[str, list[LayerReport]] = {}
         for layer in self.layers:
-            rows.setdefault(".".join(p for p in layer.name.split(".")[-2:]), []).append(layer)
+            rows.setdefault(_kind(layer.name), []).append(layer)
         lines = [f"{'matrix':<28} {'count':>5} {'shape':>14} {'sparsity':>9} {'output error':>13}"]
         for kind, layers in rows.items():
             errors = [e for e in (layer.output_error for layer in layers) if e is not None]
@@ -148,3 +148,8 @@ class Report:
                 f"   ({result.dataset}, {result.windows} windows of {result.seqlen})"
             )
         return "\n".join(lines)
+
+
+def _kind(name: str) -> str:
+    """What a matrix is called in every block and every expert: `mlp.up_proj`."""
+    return ".".join([part for part in name.split(".") if not part.isdigit()][-2:])

@@ -285,12 +285,7 @@ def _prune_observed(
     progress: Progress,
 ) -> Iterator[Done]:
     """Prune the matrices of one block once their inputs are known."""
-    reached = {m.name for seen in observer.inputs for m in seen.readers}
-    for matrix in here:
-        if matrix.name not in reached:
-            raise WalkError(
-                f"{matrix.name} takes no part in the forward; leave it out with --ignore"
-            )
+    unreached = observer.unreached(here)
     for seen in observer.inputs:
         if not seen.stats.finite():
             names = ", ".join(m.name for m in seen.readers)
@@ -298,3 +293,6 @@ def _prune_observed(
         for matrix in seen.readers:
             progress(index, depth, matrix.name)
             yield prune_matrix(matrix, seen.stats, seen.sample, task)
+    for matrix in unreached:
+        progress(index, depth, matrix.name)
+        yield prune_matrix(matrix, task.method.stats.empty(0, observer.device), None, task)

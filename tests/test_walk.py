@@ -521,13 +521,6 @@ def test_a_weight_used_without_its_module_is_named() -> None:
         llmprune.prune(tiny("mamba"), calibration=tokens(), progress=False)
 
 
-def test_fused_experts_are_refused_not_left_dense() -> None:
-    config = transformers.MixtralConfig(**GROUPED, num_local_experts=2)
-    model = transformers.MixtralForCausalLM(config)
-    with pytest.raises(ModelError, match="fused experts"):
-        llmprune.prune(model, calibration=tokens(), progress=False)
-
-
 def test_a_model_without_a_config_is_refused() -> None:
     with pytest.raises(ModelError, match="Sequential has no config"):
         llmprune.prune(nn.Sequential(nn.Linear(4, 4)), calibration=tokens(), progress=False)

@@ -188,10 +188,10 @@ def _file_key(model: PreTrainedModel, name: str) -> str | None:
     """The key that transformers stores `name`'s weight under; None where it merges weights."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    empty = torch.empty(model.get_parameter(f"{name}.weight").shape, device="meta")
     try:
+        empty = torch.empty(model.get_parameter(f"{name}.weight").shape, device="meta")
         written = revert_weight_conversion(model, {f"{name}.weight": empty})
-    except (RuntimeError, ValueError, KeyError, IndexError):
+    except (RuntimeError, ValueError, KeyError, IndexError, AttributeError):
         return None
     fits = [key for key, tensor in written.items() if tensor.shape == empty.shape]
     return fits[0] if len(fits) == 1 and len(written) == 1 else None
