@@ -25,7 +25,8 @@ from llmprune.progress import Bar
 from llmprune.provenance import describe, versions
 from llmprune.prune_matrix import Task, check_fit, prune_matrix
 from llmprune.report import LayerReport, Report
-from llmprune.walk import Walker, prune_blocks
+from llmprune.sweep import prune_blocks
+from llmprune.walk import Walker
 from llmprune.whole import checked_walker
 
 TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 8192}

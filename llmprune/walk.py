@@ -1,4 +1,4 @@
-"""Block by block through the model's own forward: observe, prune, pass the pruned outputs on.
+"""Single blocks of a model, run through the model's own forward.
 
 To run block i alone, the model's own forward is called with every other block skipped: blocks before it
 give their input back untouched, the one just before it gives the stored hidden state, block i runs with
@@ -16,11 +16,8 @@ from typing import Any, ClassVar, Literal, NoReturn, cast
 import torch
 from torch import Tensor, nn
 
-from llmprune.errors import NumericalError, WalkError
+from llmprune.errors import WalkError
 from llmprune.model import Matrix
-from llmprune.observe import Observer
-from llmprune.prune_matrix import Done, Task, prune_matrix
-from llmprune.report import LayerReport
 
 
 class _Stop(Exception):
@@ -51,11 +48,18 @@ class Walker:
     kind: ClassVar[Literal["blocks", "whole model"]] = "blocks"
     passes_on: ClassVar[bool] = True
 
-    def __init__(self, model: nn.Module, layers: nn.ModuleList, batches: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: nn.ModuleList,
+        batches: Sequence[Tensor],
+        device: torch.device | None = None,
+    ) -> None:
+        """`device` is where the model runs; None reads it off the parameters."""
         self.model = model
         self.layers = layers
         self.batches = batches
-        self.device = next(model.parameters()).device
+        self.device = device or next(model.parameters()).device
         self._extras: list[Any] = [None] * len(layers)
 
     def forward(self, ids: Tensor) -> None:
@@ -228,71 +232,3 @@ def _restore_forward(block: nn.Module, own: Any) -> None:
         del block.forward
     else:
         block.forward = own
-
-
-Progress = Callable[[int, int, str], None]
-"""Called with (block, blocks, what is being done), for a progress bar."""
-
-
-@torch.no_grad()
-def prune_blocks(
-    walker: Walker, matrices: Sequence[Matrix], task: Task, progress: Progress
-) -> Iterator[tuple[Matrix, LayerReport, Tensor]]:
-    """Prune `matrices` in place, block by block, yielding each with its report and keep mask.
-
-    The outputs of each pruned block are what the next block is calibrated on.
-    """
-    hidden: list[Tensor | None] = [None] * len(walker.batches)
-    total = sum(ids.numel() for ids in walker.batches)
-    last = max((m.block for m in matrices if m.block is not None), default=-1)
-    outside = [m for m in matrices if m.block is None]
-    depth = len(walker.layers) if outside else last + 1
-    for index in range(depth):
-        here = [m for m in matrices if m.block == index]
-        with ExitStack() as later:  # the last corrections are made also when the caller stops early
-            if here:
-                observer = Observer(task.method, total, walker.device)
-                with observer.watching(here):
-                    for b in range(len(walker.batches)):
-                        progress(index, depth, f"observing {b + 1}/{len(walker.batches)}")
-                        observer.next_batch()
-                        walker.run(index, b, hidden[b])
-                for done in _prune_observed(observer, here, task, index, depth, progress):
-                    later.callback(done.settle)
-                    yield done.matrix, done.report, done.keep
-                del observer
-            if walker.passes_on and (index + 1 < depth or outside):
-                for b in range(len(walker.batches)):
-                    progress(index, depth, f"passing on {b + 1}/{len(walker.batches)}")
-                    hidden[b] = walker.run(index, b, hidden[b])
-    if outside:
-        observer = Observer(task.method, total, walker.device)
-        with observer.watching(outside):
-            for b in range(len(walker.batches)):
-                observer.next_batch()
-                walker.rest(b, hidden[b])
-        for done in _prune_observed(observer, outside, task, depth, depth, progress):
-            done.settle()
-            yield done.matrix, done.report, done.keep
-
-
-def _prune_observed(
-    observer: Observer,
-    here: Sequence[Matrix],
-    task: Task,
-    index: int,
-    depth: int,
-    progress: Progress,
-) -> Iterator[Done]:
-    """Prune the matrices of one block once their inputs are known."""
-    unreached = observer.unreached(here)
-    for seen in observer.inputs:
-        if not seen.stats.finite():
-            names = ", ".join(m.name for m in seen.readers)
-            raise NumericalError(f"NaN or Inf in the activations that enter {names}")
-        for matrix in seen.readers:
-            progress(index, depth, matrix.name)
-            yield prune_matrix(matrix, seen.stats, seen.sample, task)
-    for matrix in unreached:
-        progress(index, depth, matrix.name)
-        yield prune_matrix(matrix, task.method.stats.empty(0, observer.device), None, task)

@@ -21,7 +21,8 @@ from llmprune.model import blocks, matrices, unwrapped
 from llmprune.pattern import NM
 from llmprune.prune_matrix import Task
 from llmprune.stats import Gram
-from llmprune.walk import Walker, prune_blocks
+from llmprune.sweep import prune_blocks
+from llmprune.walk import Walker
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -18,7 +18,7 @@ from llmprune.model import blocks, matrices
 from llmprune.pattern import NM
 from llmprune.prune_matrix import Task
 from llmprune.run import PruneConfig, prune_with
-from llmprune.walk import prune_blocks
+from llmprune.sweep import prune_blocks
 from llmprune.whole import WholeWalker, checked_walker
 
 BLOCKS = 3

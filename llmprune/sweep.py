@@ -1,0 +1,119 @@
+"""Through the blocks from the first to the last: observe, prune, pass the pruned outputs on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from llmprune.errors import NumericalError
+from llmprune.model import Matrix
+from llmprune.observe import Observer
+from llmprune.prune_matrix import Done, Task, prune_matrix
+from llmprune.report import LayerReport
+from llmprune.walk import Walker
+
+Progress = Callable[[int, int, str], None]
+"""Called with (block, blocks, what is being done), for a progress bar."""
+
+
+class HiddenStates(Protocol):
+    """The input of the current block for every batch; what is set is the input of the next one."""
+
+    def __getitem__(self, batch: int, /) -> Tensor | None:
+        """[batch, seqlen, width], or None before the first block."""
+
+    def __setitem__(self, batch: int, hidden: Tensor, /) -> None:
+        """Keep the output of the current block."""
+
+
+@torch.no_grad()
+def prune_blocks(
+    walker: Walker, matrices: Sequence[Matrix], task: Task, progress: Progress
+) -> Iterator[tuple[Matrix, LayerReport, Tensor]]:
+    """Prune `matrices` in place, block by block, yielding each with its report and keep mask.
+
+    The outputs of each pruned block are what the next block is calibrated on.
+    """
+    hidden: list[Tensor | None] = [None] * len(walker.batches)
+    last = max((m.block for m in matrices if m.block is not None), default=-1)
+    outside = [m for m in matrices if m.block is None]
+    depth = len(walker.layers) if outside else last + 1
+    for index in range(depth):
+        here = [m for m in matrices if m.block == index]
+        tell = partial(progress, index, depth)
+        with ExitStack() as later:  # the last corrections are made also when the caller stops early
+            for done in prune_block(walker, index, here, hidden, task, tell):
+                later.callback(done.settle)
+                yield done.matrix, done.report, done.keep
+            if walker.passes_on and (index + 1 < depth or outside):
+                pass_on(walker, index, hidden, tell)
+    for done in prune_outside(walker, outside, hidden, task, partial(progress, depth, depth)):
+        done.settle()
+        yield done.matrix, done.report, done.keep
+
+
+Tell = Callable[[str], None]
+"""Called with what is being done in the current block."""
+
+
+def prune_block(
+    walker: Walker,
+    index: int,
+    here: Sequence[Matrix],
+    hidden: HiddenStates,
+    task: Task,
+    tell: Tell,
+) -> Iterator[Done]:
+    """Observe block `index` on all batches, then prune the matrices `here` of it."""
+    if not here:
+        return
+    observer = Observer(task.method, sum(ids.numel() for ids in walker.batches), walker.device)
+    with observer.watching(here):
+        for b in range(len(walker.batches)):
+            tell(f"observing {b + 1}/{len(walker.batches)}")
+            observer.next_batch()
+            walker.run(index, b, hidden[b])
+    yield from _prune_observed(observer, here, task, tell)
+
+
+def pass_on(walker: Walker, index: int, hidden: HiddenStates, tell: Tell) -> None:
+    """Replace the inputs of block `index` by its outputs."""
+    for b in range(len(walker.batches)):
+        tell(f"passing on {b + 1}/{len(walker.batches)}")
+        hidden[b] = walker.run(index, b, hidden[b])
+
+
+def prune_outside(
+    walker: Walker, outside: Sequence[Matrix], hidden: HiddenStates, task: Task, tell: Tell
+) -> Iterator[Done]:
+    """Prune the matrices `outside` of the blocks, on what the last block gives."""
+    if not outside:
+        return
+    observer = Observer(task.method, sum(ids.numel() for ids in walker.batches), walker.device)
+    with observer.watching(outside):
+        for b in range(len(walker.batches)):
+            observer.next_batch()
+            walker.rest(b, hidden[b])
+    yield from _prune_observed(observer, outside, task, tell)
+
+
+def _prune_observed(
+    observer: Observer, here: Sequence[Matrix], task: Task, tell: Tell
+) -> Iterator[Done]:
+    """Prune the matrices of one block once their inputs are known."""
+    unreached = observer.unreached(here)
+    for seen in observer.inputs:
+        if not seen.stats.finite():
+            names = ", ".join(m.name for m in seen.readers)
+            raise NumericalError(f"NaN or Inf in the activations that enter {names}")
+        for matrix in seen.readers:
+            tell(matrix.name)
+            yield prune_matrix(matrix, seen.stats, seen.sample, task)
+    for matrix in unreached:
+        tell(matrix.name)
+        yield prune_matrix(matrix, task.method.stats.empty(0, observer.device), None, task)
