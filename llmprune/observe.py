@@ -67,6 +67,13 @@ class Observer:
         """Forget which tensors were seen: a new forward begins."""
         self._fresh.clear()
 
+    def handed_out(self) -> Iterator[Observed]:
+        """Each input once, forgotten here at that moment, so that its sums can go with its last reader."""
+        self._of.clear()
+        self._fresh.clear()
+        while self.inputs:
+            yield self.inputs.pop(0)
+
     def unreached(self, matrices: Sequence[Matrix]) -> list[Matrix]:
         """Those of `matrices` that no token has reached: experts that no token was routed to.
 

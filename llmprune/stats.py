@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol, Self, cast, runtime_checkable
 import torch
 from torch import Tensor
 
-from llmprune.errors import NumericalError
+from llmprune.factor import InverseFactor
 
 
 @runtime_checkable
@@ -107,18 +107,22 @@ class InputNorms:
 
 
 class Gram:
-    """X^T X of the inputs X [tokens, features].
+    """X^T X of the inputs X [tokens, features], of which only half is computed.
 
     Attributes:
-        gram: [features, features] float32, sum over tokens.
+        sums: [features, features] float32, sum over tokens, true on and above the diagonal. Several
+            processes add theirs up.
         tokens: how many tokens were added.
     """
 
     needs_data: ClassVar[bool] = True
+    PANEL: ClassVar[int] = 256  # columns of a product; of 256 to 2048 the fastest on two CPU cores
+    CHUNK: ClassVar[int] = 2048  # tokens of half precision that are widened at a time
 
     def __init__(self, gram: Tensor) -> None:
-        self.gram = gram
+        self.sums = gram
         self.tokens = 0
+        self._whole = True  # whether the lower half of `sums` mirrors the upper one
         self._derived: dict[Any, Any] = {}
 
     @classmethod
@@ -128,18 +132,47 @@ class Gram:
 
     def add(self, inputs: Tensor) -> None:
         """Add x^T x of a batch [..., features], multiplied in float32."""
-        x = inputs.detach().reshape(-1, inputs.shape[-1]).float()
-        self.gram.addmm_(x.T, x)
+        x = inputs.detach().reshape(-1, inputs.shape[-1])
+        chunk = max(1, len(x)) if x.dtype == torch.float32 else self.CHUNK
+        for start in range(0, len(x), chunk):
+            wide = x[start : start + chunk].float()
+            for p in self._panels():
+                self.sums[: p.stop, p].addmm_(wide[:, : p.stop].T, wide[:, p])
         self.tokens += x.shape[0]
+        self._changed()
 
     def merge(self, other: Self) -> None:
         """Add the other's sums."""
-        self.gram += other.gram.to(self.gram.device)
+        self.sums += other.sums.to(self.sums.device)
         self.tokens += other.tokens
+        self._changed()
+
+    def _changed(self) -> None:
+        self._whole = False
+        self._derived.clear()
+
+    def _panels(self) -> list[slice]:
+        features = len(self.sums)
+        return [slice(s, min(s + self.PANEL, features)) for s in range(0, features, self.PANEL)]
 
     def finite(self) -> bool:
         """Whether every sum is finite; a NaN or Inf input always reaches the diagonal."""
-        return bool(self.gram.diagonal().isfinite().all())
+        return bool(self.sums.diagonal().isfinite().all())
+
+    @property
+    def gram(self) -> Tensor:
+        """[features, features] float32, both halves; shares memory with `sums`."""
+        if not self._whole:
+            for p in self._panels():
+                own = self.sums[p, p]
+                own.copy_(own.triu() + own.triu(1).T)
+                self.sums[p.stop :, p] = self.sums[p, p.stop :].T
+            self._whole = True
+        return self.sums
+
+    def column(self, index: int) -> Tensor:
+        """One column of the matrix, [features] float32, without mirroring the rest."""
+        return torch.cat([self.sums[:index, index], self.sums[index, index:]])
 
     def inverse_factor(self, damping: float) -> InverseFactor:
         """The upper Cholesky factor of the inverse of the damped Gram matrix, computed once.
@@ -149,57 +182,8 @@ class Gram:
         """
         key = ("inverse_factor", damping)
         if key not in self._derived:
-            self._derived[key] = InverseFactor.of(self.gram, damping)
+            self._derived[key] = InverseFactor.of(self.sums, damping)
         return cast(InverseFactor, self._derived[key])
-
-
-class InverseFactor:
-    """U with (G + damping * mean(diag G) * I)^-1 = U^T U, U upper triangular.
-
-    Attributes:
-        upper: [features, features] float32.
-        dead: [features] bool, features that were zero on every token.
-        damping: the damping that was needed, a share of the mean of the live diagonal.
-        raised: how often it had to be raised tenfold above what was asked.
-    """
-
-    LIMIT = 1.0  # a matrix that needs more is not a Gram matrix of usable inputs
-
-    def __init__(self, upper: Tensor, dead: Tensor, damping: float, raised: int) -> None:
-        self.upper = upper
-        self.dead = dead
-        self.damping = damping
-        self.raised = raised
-
-    @classmethod
-    def of(cls, gram: Tensor, damping: float) -> Self:
-        """Factor `gram` [features, features], raising `damping` tenfold until it succeeds.
-
-        One Cholesky of the matrix in reversed order gives G = V V^T with V upper triangular, and
-        U = V^-1: half the work of inverting and factoring again, and no explicit inverse to round. In
-        float64, because the rounding of a float32 factor alone turns one mask bit in a thousand at 60%
-        on a 5M-parameter Llama.
-        """
-        diagonal = gram.diagonal().double()
-        dead = diagonal == 0
-        live_mean = diagonal[~dead].mean() if not bool(dead.all()) else diagonal.new_ones(())
-        raised = 0
-        while True:
-            damped = gram.double().flip(0, 1)
-            damped.diagonal().copy_(diagonal.where(~dead, live_mean).flip(0))
-            damped.diagonal().add_(live_mean, alpha=damping)
-            lower, info = torch.linalg.cholesky_ex(damped)
-            if int(info) == 0 and bool(lower.diagonal().isfinite().all()):
-                break
-            if damping * 10 > cls.LIMIT:
-                raise NumericalError(
-                    f"the Gram matrix is not positive definite even at damping {damping:g} "
-                    f"(limit {cls.LIMIT:g}); use more calibration samples or check the activations"
-                )
-            damping, raised = max(damping, 1e-6) * 10, raised + 1
-        eye = torch.eye(gram.shape[0], dtype=lower.dtype, device=gram.device)
-        upper = torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1)
-        return cls(upper.to(gram.dtype), dead, damping, raised)
 
 
 class InputSample:

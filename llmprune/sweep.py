@@ -107,7 +107,7 @@ def _prune_observed(
 ) -> Iterator[Done]:
     """Prune the matrices of one block once their inputs are known."""
     unreached = observer.unreached(here)
-    for seen in observer.inputs:
+    for seen in observer.handed_out():
         if not seen.stats.finite():
             names = ", ".join(m.name for m in seen.readers)
             raise NumericalError(f"NaN or Inf in the activations that enter {names}")

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "llmprune"
 # on the floor of `walk`: a room that comes later needs no entry.
 FLOORS = (
     {"errors", "report"},
-    {"kernels"},
+    {"kernels", "factor"},
     {"stats", "pattern"},
     {"methods"},
     {"walk", "hub", "plot", "checkpoint", "eval", "calibration", "model"},

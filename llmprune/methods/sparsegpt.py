@@ -66,7 +66,7 @@ class SparseGPT(Method[Gram]):
         w.mul_(keep)
         passed_on = w.to(weight.dtype, copy=True)
         for row, column in spare.tolist():
-            _bring_back(w, dense, stats.gram, row, column)
+            _bring_back(w, dense, stats.column(column), row, column)
         keep[spare[:, 0], spare[:, 1]] = True
         notes = {"damping": factor.damping} if factor.raised else {}
         return Pruned(w.to(weight.dtype), keep, notes, passed_on if len(spare) else None)
@@ -152,8 +152,8 @@ def _bring_back(w: Tensor, dense: Tensor, gram: Tensor, row: int, column: int) -
     """Give the pruned weight w[row, column] the value that minimises its finished row's error.
 
     With E = dense - w, the error E G E^T has its minimum along this one weight at a step of
-    (E G)_column / G_column,column.
+    (E G)_column / G_column,column. `gram` [in] is that column of G.
     """
-    scale = float(gram[column, column])
+    scale = float(gram[column])
     if scale > 0:
-        w[row, column] += (dense[row] - w[row]) @ gram[:, column] / scale
+        w[row, column] += (dense[row] - w[row]) @ gram / scale
