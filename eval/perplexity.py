@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,10 @@ from llmprune.texts import documents, encode, read_ids, suffix
 
 BATCH_TOKENS = 2048  # tokens a forward pass sees when no batch size is given
 CHUNK_VALUES = 2**24  # logits turned into float32 at a time: 64 MiB
+
+
+Losses = Callable[[Any, Tensor, int, bool], Tensor]
+"""(model, windows [n, seqlen], windows at once, whether to show a bar) -> mean loss of each [n]."""
 
 
 def token_ids(
@@ -63,6 +68,7 @@ def perplexity(
     bos: int | None = None,
     limit: int | None = None,
     progress: bool = False,
+    losses: Losses | None = None,
 ) -> PerplexityReport:
     """Perplexity of a causal language model on `ids` [tokens], on the device it is on.
 
@@ -76,6 +82,7 @@ def perplexity(
         bos: id to put before every window, which then holds one token of text less; None for none.
         limit: use only the first so many windows.
         progress: show a bar after two seconds.
+        losses: another way to the mean loss of each window, such as block by block; None runs the model.
 
     Raises:
         ConfigError: an impossible `seqlen`, `batch_size` or `limit`.
@@ -94,9 +101,9 @@ def perplexity(
     if batch_size is None:
         batch_size = max(1, BATCH_TOKENS // seqlen)
     start = time.perf_counter()
-    losses = _losses(model, windows, batch_size, progress)
+    found = (losses or _losses)(model, windows, batch_size, progress)
     seconds = time.perf_counter() - start
-    value, error = _mean_and_error(losses)
+    value, error = _mean_and_error(found)
     return PerplexityReport(
         perplexity=value,
         standard_error=error,
@@ -146,18 +153,27 @@ def _losses(model: Any, windows: Tensor, batch_size: int, progress: bool) -> Ten
         for batch in torch.split(windows, batch_size):
             inputs = batch.to(device)
             logits = model(input_ids=inputs, use_cache=False).logits
-            losses.append(_window_losses(logits, inputs.to(logits.device)).cpu())
-            if not bool(losses[-1].isfinite().all()):
-                window = len(losses[:-1]) * batch_size + int((~losses[-1].isfinite()).nonzero()[0])
-                raise NumericalError(
-                    f"the loss of window {window} is {losses[-1][window % batch_size].item()}; "
-                    "try --dtype float32 or bfloat16, and check the weights for NaN"
-                )
+            losses.append(window_losses(logits, inputs.to(logits.device)).cpu())
+            check_losses(losses[-1], len(losses[:-1]) * batch_size)
             bar.update(batch.numel())
     return torch.cat(losses)
 
 
-def _window_losses(logits: Tensor, ids: Tensor) -> Tensor:
+def check_losses(losses: Tensor, first: int) -> None:
+    """Refuse losses [n] that are not numbers; `first` is the number of the first window among them.
+
+    Raises:
+        NumericalError: naming the window.
+    """
+    if not bool(losses.isfinite().all()):
+        bad = int((~losses.isfinite()).nonzero()[0])
+        raise NumericalError(
+            f"the loss of window {first + bad} is {losses[bad].item()}; "
+            "try --dtype float32 or bfloat16, and check the weights for NaN"
+        )
+
+
+def window_losses(logits: Tensor, ids: Tensor) -> Tensor:
     """Mean over positions of -log p(next token), in float32, a slice of the logits at a time.
 
     Args:

@@ -8,13 +8,14 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from llmprune.errors import ConfigError, LLMPruneError, nearest
+from llmprune.errors import ConfigError, LLMPruneError, Stopped, nearest
 from llmprune.options import eval_parser, parser_for, prune_parser
 
 if TYPE_CHECKING:
     from llmprune.choices import ModelChoice, Voice
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+TERMINATED = 143  # 128 + SIGTERM
 _COMMANDS = ("prune", "eval", "inspect", "methods")
 
 
@@ -30,7 +31,7 @@ def entry() -> NoReturn:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run `argv`; returns 0, 2 for an error of the user's, 130 after Ctrl-C."""
+    """Run `argv`; returns 0, 2 for an error of the user's, 130 after Ctrl-C, 143 after SIGTERM."""
     argv = list(argv)
     try:
         if argv and not argv[0].startswith("-") and argv[0] not in _COMMANDS:
@@ -42,9 +43,19 @@ def main(argv: Sequence[str]) -> int:
     except LLMPruneError as error:
         print(f"llmprune: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except Stopped as stop:
+        print(f"llmprune: {stop}; the same command goes on from there", file=sys.stderr)
+        return TERMINATED
     except KeyboardInterrupt:
-        print("llmprune: interrupted; nothing half-written is left", file=sys.stderr)
+        print(f"llmprune: interrupted; {_left(argv)}", file=sys.stderr)
         return INTERRUPTED
+
+
+def _left(argv: Sequence[str]) -> str:
+    """What an interrupted command leaves behind."""
+    if "--save" in argv or "--push-to-hub" in argv:
+        return "if a block was finished, the same command goes on behind it"
+    return "nothing half-written is left"
 
 
 def _choice(args: argparse.Namespace) -> ModelChoice:
@@ -68,7 +79,8 @@ def _voice(args: argparse.Namespace) -> Voice:
 
 def _prune(argv: Sequence[str]) -> int:
     args = prune_parser().parse_args(argv)
-    from llmprune.job import Job, run
+    from llmprune.job import run
+    from llmprune.order import Job
     from llmprune.run import PruneConfig
 
     voice, choice = _voice(args), _choice(args)
@@ -95,6 +107,8 @@ def _prune(argv: Sequence[str]) -> int:
             voice=voice,
             save=args.save,
             overwrite=args.overwrite,
+            restart=args.restart,
+            max_memory=args.max_memory,
             max_shard_size=args.max_shard_size,
             push_to_hub=args.push_to_hub,
             private=args.private,

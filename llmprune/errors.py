@@ -37,6 +37,10 @@ class HubError(LLMPruneError, RuntimeError):
     """A push that did not go through; the local copy is untouched."""
 
 
+class Stopped(Exception):
+    """Not an error: the run was asked to stop (SIGTERM) and has, behind a finished block."""
+
+
 def nearest(name: str, known: "list[str] | tuple[str, ...]") -> str:
     """A hint for a mistyped `name`: `did you mean 'wanda'? Known: magnitude, sparsegpt, wanda`."""
     from difflib import get_close_matches

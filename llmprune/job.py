@@ -6,66 +6,22 @@ Hub, the calibration text and the evaluation text.
 
 from __future__ import annotations
 
-import shlex
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from llmprune import hub, loading, plot
 from llmprune.calibration import Calibration, window
-from llmprune.checkpoint.save import check_saveable, check_target, expectations, save
-from llmprune.choices import ModelChoice, Voice
-from llmprune.errors import DataError, NumericalError
+from llmprune.checkpoint.save import check_target
+from llmprune.errors import DataError, WalkError
 from llmprune.eval import perplexity as measure
-from llmprune.loading import Opened, Source
-from llmprune.model import Matrix, check_weights, matrices, max_seqlen
-from llmprune.prune_matrix import check_fit
-from llmprune.report import PerplexityReport, Report
-from llmprune.run import PruneConfig, calibrate, prune_with
-
-
-@dataclass(frozen=True)
-class Job:
-    """One pruning run; the fields are the options of `python -m llmprune`."""
-
-    choice: ModelChoice
-    prune: PruneConfig
-    voice: Voice
-    save: Path | None = None
-    overwrite: bool = False
-    max_shard_size: str = "5GB"
-    push_to_hub: str | None = None
-    private: bool = False
-    plot: Path | None = None
-    eval_dataset: str | None = None
-    evaluate: bool = True
-    argv: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Text:
-    """Text to measure perplexity on, as token ids [tokens]."""
-
-    ids: Tensor
-    name: str
-    seqlen: int
-
-    def measure(self, model: Any, batch_size: int | None, progress: bool) -> PerplexityReport:
-        """Perplexity of `model` on it."""
-        return measure.perplexity(
-            model,
-            self.ids,
-            seqlen=self.seqlen,
-            dataset=self.name,
-            batch_size=batch_size,
-            progress=progress,
-        )
+from llmprune.in_memory import run_in_memory
+from llmprune.loading import Source
+from llmprune.model import max_seqlen
+from llmprune.order import Job, Text
+from llmprune.report import Report
+from llmprune.run import calibrate
+from llmprune.to_disk import run_to_disk
 
 
 def run(job: Job) -> Report:
@@ -75,38 +31,13 @@ def run(job: Job) -> Report:
         LLMPruneError: one of its kinds, with a message that says what would work.
     """
     job = _with_target(job)
-    say, shown = job.voice.say, not job.voice.quiet
+    say = job.voice.say
     source, target = _check(job), job.save
     tokenizer = loading.tokenizer(source)
     job = _with_calibration(job, source, tokenizer)
     text = _eval_text(job, source, tokenizer)
 
-    seconds: dict[str, float] = {}
-    with _timed(seconds, "load"):
-        opened = job.choice.open(source, tokenizer)
-    model = opened.model
-    chosen = _chosen(job, source, opened)
-
-    measured: dict[str, PerplexityReport] = {}
-    if text is not None:
-        measured["dense"] = text.measure(model, job.prune.batch_size, shown)
-        say(f"perplexity before: {measured['dense'].perplexity:.3f}")
-    report = prune_with(job.prune, model, tokenizer, progress=shown, say=say)
-    round_to_stored(opened)
-    if text is not None:
-        measured["pruned"] = text.measure(model, job.prune.batch_size, shown)
-    report = replace(
-        report,
-        model={**report.model, "name": job.choice.model, "revision": job.choice.revision},
-        perplexity=measured,
-        seconds={
-            **seconds,
-            **report.seconds,
-            **{f"eval {k}": m.seconds for k, m in measured.items()},
-        },
-    )
-    if target is not None:
-        _save(job, target, opened, chosen, report)
+    report = _pruned(job, source, tokenizer, text)
     if job.plot is not None:
         plot.plot(report, job.plot)
     job.voice.result(report.table(), report.as_dict())
@@ -168,74 +99,13 @@ def _eval_text(job: Job, source: Source, tokenizer: Any) -> Text | None:
     return Text(ids, read, seqlen)
 
 
-def _chosen(job: Job, source: Source, opened: Opened) -> list[Matrix]:
-    """The matrices to prune, once it is known that they can be, and that the result can be saved."""
-    _, pattern = job.prune.built()
-    chosen = matrices(opened.model, job.prune.targets, job.prune.ignore)
-    check_fit(chosen, pattern, job.prune.ragged)
-    check_weights(chosen)
-    if job.save is not None:
-        check_saveable(opened.model, [m.name for m in chosen])
-        check_target(job.save, job.overwrite, _bytes(opened), source.path)
-    job.voice.say(
-        f"{type(opened.model).__name__}: {len(chosen)} matrices to prune with {job.prune.method}, {pattern}"
-    )
-    return chosen
-
-
-def _save(job: Job, target: Path, opened: Opened, chosen: Sequence[Matrix], report: Report) -> None:
-    """Write the checkpoint in one step, verified from its files."""
-    method, pattern = job.prune.built()
-    flipped = {m.name for m in chosen if m.transposed}
-    save(
-        opened.model,
-        opened.tokenizer,
-        target,
-        report,
-        card=hub.card(report, repo_id=job.push_to_hub, command=_command(job)),
-        stored=opened.stored,
-        expected=expectations(report.layers, pattern, transposed=flipped, exact=method.exact),
-        max_shard_size=job.max_shard_size,
-        overwrite=job.overwrite,
-    )
-    job.voice.say(f"saved to {target}, counts and pattern verified from the files")
-
-
-def round_to_stored(opened: Opened) -> None:
-    """Round every parameter to the dtype it is saved in, so that what is measured is what is saved.
-
-    Raises:
-        NumericalError: when a weight does not fit the stored dtype, such as 70000 in float16.
-    """
-    for name, parameter in opened.model.named_parameters():
-        dtype = opened.stored.get(name, parameter.dtype)
-        if dtype == parameter.dtype:
-            continue
-        with torch.no_grad():
-            rounded = parameter.data.to(dtype)
-            if not bool(rounded.isfinite().all()):
-                raise NumericalError(
-                    f"{name} holds weights that {dtype} cannot; try --dtype bfloat16"
-                )
-            parameter.data.copy_(rounded)
-
-
-def _bytes(opened: Opened) -> int:
-    """Size of the checkpoint on disk, and a little for the tokenizer and the rest."""
-    unique = {id(p): (name, p) for name, p in opened.model.named_parameters()}
-    total = 2**24
-    for name, parameter in unique.values():
-        total += parameter.numel() * opened.stored[name].itemsize
-    return total
-
-
-def _command(job: Job) -> str:
-    """The command line that does this run again, the way the user typed it."""
-    return shlex.join(["python", "-m", "llmprune", *job.argv])
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
-    begun = time.perf_counter()
-    yield
-    seconds[phase] = time.perf_counter() - begun
+def _pruned(job: Job, source: Source, tokenizer: Any, text: Text | None) -> Report:
+    """Block by block from disk where that is possible and of use, else in memory."""
+    try:
+        report = run_to_disk(job, source, tokenizer, text)
+    except WalkError as error:
+        if job.max_memory is not None:
+            raise
+        job.voice.say(f"the whole model is loaded, and the run cannot be taken up again: {error}")
+        report = None
+    return report or run_in_memory(job, source, tokenizer, text)

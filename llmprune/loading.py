@@ -204,8 +204,7 @@ def open_model(
             "they would be random"
         )
     model.eval()
-    wanted = None if dtype == "auto" and where.type != "cpu" else DTYPES.get(dtype, torch.float32)
-    stored = _cast(model, wanted)
+    stored = _cast(model, compute_dtype(dtype, where))
     return Opened(model, tokenizer, stored)
 
 
@@ -233,6 +232,11 @@ def check_choice(dtype: str, device: str) -> torch.device:
     if where.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device {device} asked for, and torch sees no GPU; use --device cpu")
     return where
+
+
+def compute_dtype(dtype: str, device: torch.device) -> torch.dtype | None:
+    """What `--dtype` means on a device; None keeps what `from_pretrained` chooses."""
+    return None if dtype == "auto" and device.type != "cpu" else DTYPES.get(dtype, torch.float32)
 
 
 def _cast(model: Any, wanted: torch.dtype | None) -> dict[str, torch.dtype]:

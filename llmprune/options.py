@@ -54,6 +54,12 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--device", default="auto", help="auto (CUDA where there is one), cpu, cuda:N"
     )
+    group.add_argument(
+        "--max-memory",
+        metavar="SIZE",
+        help="memory the run may use, such as 16GB, or 0=40GB,cpu=100GB for GPU 0 and main memory: "
+        "weights are read block by block, hidden states go to disk (what is free)",
+    )
     group.add_argument("--attention", help="attention backend of transformers (eager, sdpa, ...)")
     group.add_argument(
         "--trust-remote-code", action="store_true", help="let code from the checkpoint run"
@@ -135,6 +141,11 @@ def _result_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--overwrite", action="store_true", help="replace DIR if it is a checkpoint")
     group.add_argument(
         "--max-shard-size", default="5GB", help="largest file of the checkpoint (5GB)"
+    )
+    group.add_argument(
+        "--restart",
+        action="store_true",
+        help="discard an unfinished run to DIR; without it the same command goes on where it stopped",
     )
     group.add_argument("--push-to-hub", metavar="USER/NAME", help="upload the checkpoint")
     group.add_argument("--private", action="store_true", help="make the pushed repository private")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
@@ -51,3 +54,11 @@ class Bar:
             f"{self._unit} {min(block + 1, blocks)}/{blocks} {doing}", refresh=False
         )
         self._bar.update()
+
+
+@contextmanager
+def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    """Note how long the body took, in wall-clock seconds."""
+    begun = time.perf_counter()
+    yield
+    seconds[phase] = time.perf_counter() - begun

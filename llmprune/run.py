@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from llmprune import calibration as calibrations
@@ -227,7 +228,8 @@ def _walker(
     model: nn.Module, data: Calibration, config: PruneConfig, say: Callable[[str], None]
 ) -> Walker:
     """What runs the blocks of `model` on the windows of `data`, checked."""
-    size = config.batch_size or default_batch(model, data.ids.shape[1])
+    device = next(model.parameters()).device
+    size = config.batch_size or default_batch(device, data.ids.shape[1])
     return checked_walker(model, blocks(model)[1], list(data.batches(size)), say)
 
 
@@ -247,9 +249,9 @@ def _pruned(
         yield from prune_blocks(walker, chosen, task, bar.step)
 
 
-def default_batch(model: nn.Module, seqlen: int) -> int:
-    """Windows at once when the user does not say."""
-    return max(1, TOKENS_AT_ONCE.get(next(model.parameters()).device.type, 1024) // seqlen)
+def default_batch(device: torch.device, seqlen: int) -> int:
+    """Windows at once on `device` when the user does not say."""
+    return max(1, TOKENS_AT_ONCE.get(device.type, 1024) // seqlen)
 
 
 def calibrate(

@@ -43,6 +43,7 @@ class Walker:
         batches: token ids, each [batch, seqlen] int64, on any device.
         kind: what a block's run starts from, for the report.
         passes_on: whether a block's run needs the stored output of the block before.
+        extras: what each block returns beside its hidden state, learnt by the self-check.
     """
 
     kind: ClassVar[Literal["blocks", "whole model"]] = "blocks"
@@ -60,7 +61,7 @@ class Walker:
         self.layers = layers
         self.batches = batches
         self.device = device or next(model.parameters()).device
-        self._extras: list[Any] = [None] * len(layers)
+        self.extras: list[Any] = [None] * len(layers)
 
     def forward(self, ids: Tensor) -> None:
         """The model's own forward on `ids` [batch, seqlen], up to where a block stops it."""
@@ -71,7 +72,7 @@ class Walker:
 
     def _wrap(self, index: int, hidden: Tensor) -> Any:
         """`hidden` in the container that block `index` returns it in."""
-        template = self._extras[index]
+        template = self.extras[index]
         return hidden if template is None else type(template)([hidden, *template[1:]])
 
     @contextmanager
@@ -93,7 +94,7 @@ class Walker:
                     block.forward = _giving(self._wrap(i, cast(Tensor, hidden)))
                 else:
                     block.forward = self._skipping(i)
-                restore.callback(_restore_forward, block, own)
+                restore.callback(restore_forward, block, own)
             yield
 
     def _skipping(self, index: int) -> Callable[..., Any]:
@@ -117,6 +118,12 @@ class Walker:
         """Everything but the blocks, on the last block's output."""
         with self.only(len(self.layers), hidden, None):
             self.forward(self.batches[batch])
+
+    def logits(self, batch: int, hidden: Tensor | None) -> Tensor:
+        """Logits [batch, seqlen, vocabulary] on the last block's output."""
+        with self.only(len(self.layers), hidden, None):
+            ids = self.batches[batch].to(self.device)
+            return cast(Tensor, self.model(input_ids=ids, use_cache=False).logits)
 
     def steps(self, matrices: Sequence[Matrix]) -> int:
         """How often `prune_blocks` reports progress on `matrices`."""
@@ -143,7 +150,7 @@ class Walker:
                     f"block {i} of {type(self.model).__name__} runs {len(calls)} times in a forward"
                 )
         plain = [[calls[-1] for calls in run] for run in runs]
-        self._extras = [
+        self.extras = [
             None if isinstance(out, Tensor) else type(out)([None, *out[1:]]) for out in plain[0]
         ]
         hidden: list[Tensor | None] = [None, None]
@@ -152,9 +159,9 @@ class Walker:
             for w in range(2):
                 template = plain[w][max(0, i - 1)]
                 if not isinstance(template, Tensor):
-                    single._extras[max(0, i - 1)] = type(template)([None, *template[1:]])
-                hidden[w] = self._checked(single, i, w, hidden[w], hidden_state(plain[w][i]))
-        self._extras = [_without_tensors(e) for e in self._extras]
+                    single.extras[max(0, i - 1)] = type(template)([None, *template[1:]])
+                hidden[w] = self.checked(single, i, w, hidden[w], hidden_state(plain[w][i]))
+        self.extras = [without_tensors(e) for e in self.extras]
 
     def two_windows(self) -> list[Tensor]:
         """Two windows [1, seqlen] that differ, for the self-check."""
@@ -180,7 +187,7 @@ class Walker:
                 )
         return outputs
 
-    def _checked(
+    def checked(
         self, single: Walker, index: int, window: int, hidden: Tensor | None, expected: Tensor
     ) -> Tensor:
         """Output of block `index` run alone on a window, once it is known to be the plain forward's."""
@@ -203,7 +210,7 @@ def same(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a, b) or torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
-def _without_tensors(template: Any) -> Any:
+def without_tensors(template: Any) -> Any:
     """A container as a template for other batches: tensors of the check's window do not belong in it."""
     if template is None:
         return None
@@ -226,7 +233,7 @@ def _giving(output: Any) -> Callable[..., Any]:
     return lambda *args, **kwargs: output
 
 
-def _restore_forward(block: nn.Module, own: Any) -> None:
+def restore_forward(block: nn.Module, own: Any) -> None:
     """Put back the instance's own forward (accelerate's hooks set one), or uncover the class's."""
     if own is None:
         del block.forward

@@ -25,6 +25,7 @@ FLOORS = (
     {"methods"},
     {"walk", "hub", "plot", "checkpoint", "eval", "calibration", "model"},
     {"run"},
+    {"order", "workplace", "deliver", "stream", "by_block", "in_memory", "to_disk"},
     {"job"},
     {"cli"},
     {"__main__"},

@@ -81,7 +81,7 @@ def test_loss_of_half_precision_logits_is_taken_in_float32() -> None:
     logits = torch.randn(2, 5, 11, generator=torch.Generator().manual_seed(0)).bfloat16()
     ids = torch.arange(10).reshape(2, 5)
     expected = -logits.double().log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None]).mean((1, 2))
-    found = module._window_losses(logits, ids)
+    found = module.window_losses(logits, ids)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from llmprune.checkpoint.quiet import quiet
 from llmprune.checkpoint.target import check_target as check_target
 from llmprune.checkpoint.target import staged
 from llmprune.checkpoint.verify import Expected as Expected
@@ -146,8 +148,39 @@ def _stored_dtypes(model: nn.Module, stored: Mapping[str, torch.dtype]) -> Itera
             parameter.data = parameter.data.to(dtype) if original is None else original
 
 
-def _write_model(model: PreTrainedModel, staging: Path, max_shard_size: int | str) -> None:
-    """`save_pretrained`, with the generation config as the source has it.
+def write_side_files(
+    model: PreTrainedModel, tokenizer: Any, folder: Path, dtype: torch.dtype
+) -> None:
+    """Everything of a checkpoint but its weights: config, generation config, tokenizer, custom code.
+
+    Args:
+        model: may be without weights.
+        tokenizer: or processor; None when there is none.
+        folder: that holds the weights.
+        dtype: that most of them are stored in.
+
+    Raises:
+        CheckpointError: when transformers will not save the config.
+        OSError: when something cannot be written.
+    """
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="config-") as place:
+        beside = Path(place)
+        with quiet():
+            _write_model(model, beside, "5GB", {})
+        _settle_config(beside / "config.json", dtype)
+        for path in beside.iterdir():
+            shutil.move(path, folder / path.name)
+
+
+def _write_model(
+    model: PreTrainedModel,
+    staging: Path,
+    max_shard_size: int | str,
+    weights: dict[str, Tensor] | None = None,
+) -> None:
+    """`save_pretrained` (of `weights` instead of the model's own), the generation config as it was.
 
     transformers refuses to save a generation config that contradicts itself (a temperature without
     sampling), though it loads it; that must not cost the run, so it is written past the refusal.
@@ -158,7 +191,7 @@ def _write_model(model: PreTrainedModel, staging: Path, max_shard_size: int | st
     try:
         if generation is not None:
             model.generation_config = GenerationConfig()
-        model.save_pretrained(staging, max_shard_size=max_shard_size)
+        model.save_pretrained(staging, state_dict=weights, max_shard_size=max_shard_size)
     except ValueError as error:
         raise CheckpointError(f"transformers will not save the model: {_line(error)}") from error
     finally:
@@ -168,8 +201,8 @@ def _write_model(model: PreTrainedModel, staging: Path, max_shard_size: int | st
     if generation is not None and model.can_generate():
         path = staging / "generation_config.json"
         generation.to_json_file(path, use_diff=True, keys_to_pop=["compile_config"])
-    for weights in staging.glob("*.safetensors"):  # safetensors 0.8 lets the owner alone read
-        weights.chmod((staging / "config.json").stat().st_mode)
+    for file in staging.glob("*.safetensors"):  # safetensors 0.8 lets the owner alone read
+        file.chmod((staging / "config.json").stat().st_mode)
 
 
 def _settle_config(path: Path, dtype: torch.dtype) -> None:

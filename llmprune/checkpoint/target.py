@@ -101,15 +101,31 @@ def staged(target: Path, overwrite: bool) -> Iterator[Path]:
     try:
         staging.mkdir(parents=True)
         yield staging
-        _flush(staging)
-        _promote(staging, place, overwrite)
-        _flush_one(place.parent)
+        put_in_place(staging, target, overwrite)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         with suppress(OSError):
             for parent in missing:  # nearest first; one that is not empty ends it
                 parent.rmdir()
         raise
+
+
+def put_in_place(folder: Path, target: Path, overwrite: bool) -> None:
+    """Flush a finished `folder` and rename it to `target`; at every moment one of the two is whole.
+
+    Raises:
+        OSError: when that cannot be done.
+    """
+    place = resolve(target)
+    _flush(folder)
+    _promote(folder, place, overwrite)
+    _flush_one(place.parent)
+
+
+def unfinished(target: Path) -> Path:
+    """The folder beside `target` in which a run to it keeps what it has finished."""
+    place = resolve(target)
+    return place.parent / f".{place.name}.unfinished"
 
 
 def resolve(target: Path) -> Path:

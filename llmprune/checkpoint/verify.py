@@ -82,7 +82,7 @@ def verify(folder: Path, expected: Iterable[Expected]) -> None:
             with safe_open(folder / shard, framework="pt", device="cpu") as file:
                 for entry in located:
                     if index[str(entry.key)] == shard:
-                        _check(entry, file.get_tensor(entry.key))
+                        check_matrix(entry, file.get_tensor(entry.key))
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
                 f"{shard} cannot be read back: {error}; write it again"
@@ -151,8 +151,12 @@ def _located(entry: Expected, index: Mapping[str, str]) -> Expected:
     return replace(entry, key=find_key(entry.name, index))
 
 
-def _check(entry: Expected, stored: Tensor) -> None:
-    """Hold one tensor as it was read against `entry`."""
+def check_matrix(entry: Expected, stored: Tensor) -> None:
+    """Hold one tensor as it was read against `entry`.
+
+    Raises:
+        CheckpointError: when it is misshapen, not finite, denser than was decided, or off its pattern.
+    """
     weight = stored.T if entry.transposed else stored
     if tuple(weight.shape) != entry.shape:
         raise _mismatch(entry, f"has shape {tuple(weight.shape)}, expected {entry.shape}")

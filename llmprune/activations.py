@@ -1,0 +1,163 @@
+"""Hidden states between two blocks: in memory while they fit, and always in a file that a rerun can read.
+
+One *generation* is the output of one block for every batch. It is written batch by batch while the next
+block's input is made, and takes the place of the generation before once it is whole and on the disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmprune.checkpoint.tensors import raw
+
+
+class Activations:
+    """One hidden state [batch, seqlen, width] for each batch.
+
+    Attributes:
+        folder: where the files are.
+        rooms: devices, the first preferred, with the bytes of hidden states that may stay there; what fits
+            nowhere is read from the file again.
+        device: where they are given back.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        batches: int,
+        rooms: Sequence[tuple[torch.device, int]],
+        device: torch.device,
+    ) -> None:
+        self.folder = folder
+        self.rooms = rooms
+        self.device = device
+        self._kept: list[Tensor | None] = [None] * batches
+        self._layout: list[tuple[tuple[int, ...], int]] = []  # shape and first byte, by batch
+        self._dtype = torch.float32
+        self._file: Path | None = None
+        self._next: _Generation | None = None
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __getitem__(self, batch: int) -> Tensor | None:
+        """The input of the block for one batch; None before the first block."""
+        kept = self._kept[batch]
+        if kept is not None:
+            return kept.to(self.device)
+        if self._file is None:
+            return None
+        shape, start = self._layout[batch]
+        return _read(self._file, start, shape, self._dtype).to(self.device)
+
+    def __setitem__(self, batch: int, hidden: Tensor) -> None:
+        """The output of the block for one batch, in the order of the batches.
+
+        Raises:
+            OSError: when it cannot be written.
+        """
+        if self._next is None:
+            raise ValueError("begin() a generation before its hidden states are set")
+        self._next.append(hidden)
+        self._kept[batch] = None
+        for device, room in self.rooms:
+            used = sum(t.nbytes for t in self._kept if t is not None and t.device == device)
+            if used + hidden.nbytes <= room:
+                self._kept[batch] = hidden.to(device)
+                break
+
+    def begin(self, block: int) -> None:
+        """Output of block `block` follows."""
+        self._next = _Generation(self.folder / f"hidden-{block:05d}.bin")
+
+    def commit(self) -> dict[str, Any]:
+        """Wait until the new generation is on the disk; returns what `restore` needs."""
+        made = self._next
+        assert made is not None
+        digest = made.close()
+        self._next = None
+        self._file, self._layout, self._dtype = made.path, made.layout, made.dtype
+        return {
+            "file": made.path.name,
+            "sha256": digest,
+            "dtype": str(made.dtype).removeprefix("torch."),
+            "layout": [[list(shape), start] for shape, start in made.layout],
+        }
+
+    def forget_old(self) -> None:
+        """Remove the generation before, once the journal knows of the new one."""
+        for path in self.folder.glob("hidden-*.bin"):
+            if path != self._file:
+                with suppress(FileNotFoundError):
+                    path.unlink()
+
+    def restore(self, entry: dict[str, Any]) -> bool:
+        """Take up a generation that an earlier run left; False when its file is not what it was."""
+        path = self.folder / str(entry["file"])
+        if not path.is_file() or _digest(path) != entry["sha256"]:
+            return False
+        self._file, self._dtype = path, getattr(torch, str(entry["dtype"]))
+        self._layout = [(tuple(shape), int(start)) for shape, start in entry["layout"]]
+        self._kept = [None] * len(self._layout)
+        return True
+
+
+class _Generation:
+    """A file that is being written."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.layout: list[tuple[tuple[int, ...], int]] = []
+        self.dtype = torch.float32
+        self._at = 0
+        self._digest = hashlib.sha256()
+        self._file = path.open("wb", buffering=0)
+
+    def append(self, hidden: Tensor) -> None:
+        content = raw(hidden)
+        self.dtype = hidden.dtype
+        self.layout.append((tuple(hidden.shape), self._at))
+        self._digest.update(content)
+        self._at += len(content)
+        while content:
+            content = content[self._file.write(content) or 0 :]
+
+    def close(self) -> str:
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return self._digest.hexdigest()
+
+
+def _read(path: Path, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor from a file, in memory of torch's own: results can depend on how memory is aligned."""
+    out = torch.empty(shape, dtype=dtype)
+    left = raw(out)
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
+        while left:
+            count = file.readinto(left)
+            if not count:
+                raise OSError(f"{path} is shorter than it was")
+            left = left[count:]
+    return out
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    for chunk in _chunks(path):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(2**24):
+            yield chunk

@@ -1,0 +1,117 @@
+"""How much memory a run may use, and how much of it one block needs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmprune.errors import ConfigError
+from llmprune.methods.base import Method
+from llmprune.model import Matrix
+
+SLACK = 2**30  # python, torch, the libraries and one matrix's working copies
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes that a run may use.
+
+    Attributes:
+        memory: main memory.
+        device: the accelerator's memory; equal to `memory` on a CPU.
+    """
+
+    memory: int
+    device: int
+
+
+def budget(text: str | None, device: torch.device) -> Budget:
+    """What `--max-memory` allows: `20GB` of main memory, or `0=40GB,cpu=100GB`; None is what is free.
+
+    Raises:
+        ConfigError: for a text that is no such thing.
+    """
+    from accelerate.utils import get_max_memory
+
+    free = get_max_memory()
+    memory = int(free.get("cpu", 2**62))
+    own = int(free.get(device.index or 0, 2**62)) if device.type == "cuda" else memory
+    for part in (text or "").split(","):
+        if not part.strip():
+            continue
+        name, equals, amount = part.rpartition("=")
+        size = parse_size(amount, "--max-memory")
+        if not equals or name.strip() == "cpu":
+            memory = size
+            own = size if device.type != "cuda" else own
+        elif name.strip() == str(device.index or 0) and device.type == "cuda":
+            own = size
+        else:
+            raise ConfigError(
+                f"--max-memory names {name.strip()!r}, and the run uses cpu"
+                f"{f' and {device.index or 0}' if device.type == 'cuda' else ''}"
+            )
+    return Budget(memory, own)
+
+
+def parse_size(text: str | int, option: str) -> int:
+    """`5GB`, `512MiB` or a number of bytes, as a number.
+
+    Raises:
+        ConfigError: naming `option`.
+    """
+    from accelerate.utils import convert_file_size_to_int
+
+    plain = str(text).strip()
+    if not re.fullmatch(r"\d+", plain):
+        try:
+            size = int(convert_file_size_to_int(plain))
+        except ValueError:
+            raise ConfigError(
+                f"{option} takes a size such as 5GB or 800MiB, got {text!r}"
+            ) from None
+    else:
+        size = int(plain)
+    if size <= 0:
+        raise ConfigError(f"{option} takes a size such as 5GB or 800MiB, got {text!r}")
+    return size
+
+
+def of_model(model: nn.Module) -> int:
+    """Bytes of all parameters in the dtypes they are computed in; they may be on the meta device."""
+    unique = {id(p): p for p in model.parameters()}
+    return sum(p.numel() * p.element_size() for p in unique.values())
+
+
+def of_block(block: nn.Module, here: Sequence[Matrix], method: Method[Any]) -> int:
+    """Bytes that one block needs while it is pruned: weights, statistics and `SLACK`.
+
+    Matrices that share an input share its statistics; which do is known only once the block has run, so
+    that every matrix of the same width in the same module is taken to share.
+    """
+    inputs = {(m.name.rpartition(".")[0], m.shape[1]): m.shape[1] for m in here}
+    statistics = sum(_bytes(method, width) for width in inputs.values())
+    return of_model(block) + statistics + SLACK
+
+
+def _bytes(method: Method[Any], features: int) -> int:
+    empty = method.stats.empty(features, torch.device("meta"))
+    return sum(v.numel() * v.element_size() for v in vars(empty).values() if isinstance(v, Tensor))
+
+
+def least(blocks: Sequence[nn.Module], chosen: Sequence[Matrix], method: Method[Any]) -> int:
+    """Bytes that the largest block needs while it is pruned."""
+    return max(
+        of_block(block, [m for m in chosen if m.block == i], method)
+        for i, block in enumerate(blocks)
+    )
+
+
+def fits(model: nn.Module, budget: Budget) -> bool:
+    """Whether the whole model may be in memory, with a little to work in."""
+    return of_model(model) * 1.1 + 2**28 <= budget.device

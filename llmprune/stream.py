@@ -1,0 +1,244 @@
+"""Prune a model that is never in memory as a whole: read a block, prune it, write it, forget it.
+
+Every finished block is durable: its tensors lie in their place in the output files, the hidden states it
+passes on lie beside them, both flushed, and the journal has a line with the checksums of all. A run
+that is ended, however hard, goes on behind its last finished block, and its result is the same bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmprune.activations import Activations
+from llmprune.checkpoint import tensors
+from llmprune.checkpoint.shelf import Shelf
+from llmprune.deliver import Delivery
+from llmprune.lockstep import check_walk
+from llmprune.memory import SLACK, Budget, of_block
+from llmprune.model import Matrix, check_weights
+from llmprune.prune_matrix import Done, Task, prune_matrix
+from llmprune.report import LayerReport
+from llmprune.stopping import Stopping
+from llmprune.sweep import Tell, pass_on, prune_block, prune_outside
+from llmprune.walk import Walker
+from llmprune.workplace import Workplace
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """One run over the blocks of a model on the shelf.
+
+    Attributes:
+        shelf: the model.
+        chosen: its matrices that are to be pruned.
+        task: how.
+        work: where the result goes.
+        batches: calibration windows, each [batch, seqlen] int64; none for a method that needs no data.
+        budget: memory that may be used.
+        say: told what a person should know.
+        progress: told of every step; see `llmprune.sweep`.
+    """
+
+    shelf: Shelf
+    chosen: Sequence[Matrix]
+    task: Task
+    work: Workplace
+    batches: Sequence[Tensor]
+    budget: Budget
+    say: Callable[[str], None]
+    progress: Callable[[int, int, str], None]
+
+    @property
+    def depth(self) -> int:
+        """How many blocks have to be run."""
+        if any(m.block is None for m in self.chosen):
+            return len(self.shelf.layers)
+        return max(m.block for m in self.chosen if m.block is not None) + 1
+
+    @cached_property
+    def _delivery(self) -> Delivery:
+        return Delivery(self.shelf, self.work, self.task)
+
+    @cached_property
+    def walker(self) -> Walker | None:
+        """Runs single blocks; None when there is nothing to run them on."""
+        if not self.batches:
+            return None
+        return Walker(self.shelf.model, self.shelf.layers, self.batches, self.shelf.device)
+
+    @torch.no_grad()
+    def run(self, stopping: Stopping) -> list[LayerReport]:
+        """Prune and write every chosen matrix; returns what was done, in the order of the blocks.
+
+        Raises:
+            WalkError: before anything is written, when blocks of this family cannot be run alone.
+            LLMPruneError: a matrix that cannot be pruned, or files that do not hold what was decided.
+            Stopped: when asked to stop, behind the block in hand.
+            OSError: when something cannot be written.
+        """
+        steps = self.work.journal.steps
+        names = [f"block {i}" for i in range(self.depth)]
+        outside = self._here(None)
+        names += ["outside"] if outside else []
+        self._check_finished([*names, "copy"])
+        hidden = self._hidden()
+        todo = self._todo(hidden)
+        if self.walker is not None and (todo or (outside and "outside" not in steps)):
+            check_walk(self.shelf, self.walker, self.progress)
+        if "copy" not in steps:
+            self._copy()
+        for index in todo:
+            self._block(index, hidden)
+            stopping.check(index + 1, self.depth)
+        if outside and "outside" not in steps:
+            self._outside(outside, hidden)
+        self.shelf.release_rest()
+        return [_layer(entry) for name in names for entry in steps[name]["layers"]]
+
+    def _here(self, index: int | None) -> list[Matrix]:
+        return [m for m in self.chosen if m.block == index]
+
+    def _hidden(self) -> Activations | None:
+        if self.walker is None:
+            return None
+        need = max(
+            of_block(self.shelf.layers[i], self._here(i), self.task.method)
+            for i in range(self.depth)
+        )
+        device, memory = self.shelf.device, torch.device("cpu")
+        rooms = [(device, self.budget.device - need)]
+        if device.type != "cpu":
+            rooms.append((memory, self.budget.memory - SLACK))
+        return Activations(self.work.folder, len(self.batches), rooms, device)
+
+    def _check_finished(self, steps: Sequence[str]) -> None:
+        """Hold what earlier runs have written against the journal; what is damaged is forgotten."""
+        journal = self.work.journal
+        for name in steps:
+            written: Mapping[str, str] = journal.steps.get(name, {}).get("tensors", {})
+            bad = [key for key, digest in written.items() if self.work.shards.digest(key) != digest]
+            if bad:
+                shard = self.work.shards.places[bad[0]].shard
+                self.say(
+                    f"{shard} is damaged at {bad[0]}"
+                    f"{f' and {len(bad) - 1} more' if bad[1:] else ''}: {name} is done again"
+                )
+                del journal.steps[name]
+
+    def _todo(self, hidden: Activations | None) -> list[int]:
+        """The blocks that are not finished, with those that have to be run again to reach them.
+
+        A block that is run again is written again too, with the same bits.
+        """
+        steps = self.work.journal.steps
+        missing = [i for i in range(self.depth) if f"block {i}" not in steps]
+        if hidden is None:
+            return missing
+        if not missing:
+            finished = self.depth
+            if not self._here(None) or "outside" in steps:
+                return []
+        else:
+            finished = missing[0]
+        last = f"block {finished - 1}"
+        whole = all(i >= finished for i in missing) and missing == list(range(finished, self.depth))
+        if finished and whole:
+            if hidden.restore(steps[last]["hidden"]):
+                self.say(f"going on behind block {finished} of {self.depth}, finished earlier")
+                return missing
+            self.say(f"{steps[last]['hidden']['file']} is damaged: all blocks are done again")
+        elif finished:
+            self.say("the blocks before it are done again too, for their outputs")
+        return list(range(self.depth))
+
+    def _copy(self) -> None:
+        """Bring everything that no step changes into the output as it is."""
+        changed = {f for i in range(self.depth) if self._here(i) for f in self.shelf.keys(i)}
+        if self._here(None):
+            changed |= set(self._delivery.outside(self._here(None)))
+        written = {}
+        for key in self.work.shards.places:
+            if key not in changed:
+                self.progress(0, self.depth, f"copying {key}")
+                stored = self.shelf.stored[key]
+                written[key] = self.work.shards.write(key, tensors.pieces(stored, key))
+        self.work.shards.flush()
+        self.work.journal.add("copy", {"tensors": written})
+
+    def _block(self, index: int, hidden: Activations | None) -> None:
+        """Everything that is done to one block."""
+        here = self._here(index)
+        tell = partial(self.progress, index, self.depth)
+        self.shelf.load(index)
+        check_weights(here)
+        done = [_light(d) for d in self._prune(index, here, hidden, tell)]
+        entry: dict[str, Any] = {"layers": [asdict(d.report) for d in done]}
+        if hidden is not None and self.walker is not None and self._passes(index):
+            hidden.begin(index)
+            pass_on(self.walker, index, hidden, tell)
+            entry["hidden"] = hidden.commit()
+        for each in done:
+            each.settle()
+        if here:
+            tell("writing")
+            parameters = dict(self.shelf.layers[index].named_parameters())
+            prefix = f"{self.shelf.prefix}.{index}."
+            named = {prefix + name: p for name, p in parameters.items()}
+            wanted = {m.parameter_name for m in here}
+            entry["tensors"] = self._delivery.write(named, wanted, self.shelf.keys(index))
+            self._delivery.read_back(index, done, named)
+        self.shelf.release(index)
+        self.work.journal.add(f"block {index}", entry)
+        if hidden is not None:
+            hidden.forget_old()
+
+    def _passes(self, index: int) -> bool:
+        return index + 1 < self.depth or bool(self._here(None))
+
+    def _prune(
+        self, index: int, here: Sequence[Matrix], hidden: Activations | None, tell: Tell
+    ) -> Iterator[Done]:
+        if hidden is not None and self.walker is not None:
+            yield from prune_block(self.walker, index, here, hidden, self.task, tell)
+            return
+        for matrix in here:
+            tell(matrix.name)
+            yield prune_matrix(matrix, self.task.method.stats(), None, self.task)
+
+    def _outside(self, outside: Sequence[Matrix], hidden: Activations | None) -> None:
+        """Prune what is in no block, such as the output head."""
+        tell = partial(self.progress, self.depth, self.depth)
+        self.shelf.release_rest()
+        ids = torch.cat([b.flatten() for b in self.batches]) if self.batches else None
+        self.shelf.load_rest(ids, head=True)
+        check_weights(outside)
+        done: list[Done] = []
+        if hidden is not None and self.walker is not None:
+            done += prune_outside(self.walker, outside, hidden, self.task, tell)
+        else:
+            for matrix in outside:
+                done.append(prune_matrix(matrix, self.task.method.stats(), None, self.task))
+        for each in done:
+            each.settle()
+        named = {m.parameter_name: m.parameter for m in outside}
+        entry = {
+            "layers": [asdict(d.report) for d in done],
+            "tensors": self._delivery.write(named, set(named), self._delivery.outside(outside)),
+        }
+        self.work.journal.add("outside", entry)
+
+
+def _light(done: Done) -> Done:
+    """Without its mask, which nobody needs once the counts are known."""
+    return replace(done, keep=torch.empty(0, dtype=torch.bool))
+
+
+def _layer(entry: Mapping[str, Any]) -> LayerReport:
+    out, features = entry["shape"]
+    return LayerReport(**{**entry, "shape": (out, features)})

@@ -1,0 +1,246 @@
+"""A run that reads, prunes and writes one block at a time, and that can be taken up again.
+
+Taken by every run that saves, and by those whose model does not fit into memory. Perplexity is measured
+on the files that were written; in memory where the model fits, else block by block.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmprune import hub, loading
+from llmprune.by_block import losses_by_block
+from llmprune.calibration import Calibration
+from llmprune.checkpoint.save import check_target, write_side_files
+from llmprune.checkpoint.shelf import Shelf
+from llmprune.checkpoint.skeleton import open_shelf
+from llmprune.checkpoint.target import put_in_place
+from llmprune.checkpoint.tensors import raw
+from llmprune.deliver import check_layout
+from llmprune.errors import CheckpointError, ConfigError
+from llmprune.loading import Source
+from llmprune.memory import budget, fits, least, parse_size
+from llmprune.model import Matrix, matrices
+from llmprune.order import Job, Text
+from llmprune.preserve import evaluating, random_state
+from llmprune.progress import Bar, timed
+from llmprune.provenance import describe, versions
+from llmprune.prune_matrix import Task, check_fit
+from llmprune.report import LayerReport, PerplexityReport, Report
+from llmprune.run import check_vocabulary
+from llmprune.stopping import on_sigterm
+from llmprune.stream import Streaming
+from llmprune.workplace import Settings, Workplace, batch_size, open_workplace
+
+
+def run_to_disk(job: Job, source: Source, tokenizer: Any, text: Text | None) -> Report | None:
+    """Do `job`, whose data has been read, block by block; None where memory is the better place.
+
+    Raises:
+        WalkError: before anything is written, when the blocks of this family cannot be run alone.
+        LLMPruneError: one of its kinds, with a message that says what would work.
+        Stopped: after SIGTERM, behind a finished block.
+    """
+    where = loading.check_choice(job.choice.dtype, job.choice.device)
+    settings = Settings(
+        job.choice.dtype,
+        where,
+        job.choice.attention,
+        parse_size(job.max_shard_size, "--max-shard-size"),
+        budget(job.max_memory, where),
+    )
+    dtype = loading.compute_dtype(job.choice.dtype, where)
+    shelf = open_shelf(source, dtype=dtype, device=where, attention=job.choice.attention)
+    if job.save is None and fits(shelf.model, settings.budget):
+        return None
+    if job.save is not None:
+        return _to_target(job, source, tokenizer, text, shelf, settings, job.save)
+    with tempfile.TemporaryDirectory(prefix="llmprune-") as place:
+        job.voice.say(f"the model does not fit into memory; its pruned blocks go to {place}")
+        return _to_target(job, source, tokenizer, text, shelf, settings, Path(place) / "pruned")
+
+
+def _to_target(
+    job: Job,
+    source: Source,
+    tokenizer: Any,
+    text: Text | None,
+    shelf: Shelf,
+    settings: Settings,
+    target: Path,
+) -> Report:
+    """Prune into the folder of unfinished work beside `target`, and put it in place at the end."""
+    chosen, task = _chosen(job, shelf, settings)
+    data = job.prune.calibration if isinstance(job.prune.calibration, Calibration) else None
+    data = data if task.method.stats.needs_data else None
+    if data is not None:
+        check_vocabulary(data, shelf.model)
+    _say_what(job, shelf, chosen, data)
+    work = open_workplace(
+        target, shelf, job.prune, data, settings, restart=job.restart, say=job.voice.say
+    )
+    try:
+        run = _Run(job, source, tokenizer, text, shelf, settings, work)
+        layers = run.prune(chosen, task, data)
+        report = run.report(layers, data)
+        run.finish(target, report)
+    except BaseException:
+        work.abandon()
+        raise
+    work.journal.discard()
+    return report
+
+
+def _chosen(job: Job, shelf: Shelf, settings: Settings) -> tuple[list[Matrix], Task]:
+    """The matrices to prune, once it is known that they can be, and what to do to them."""
+    method, pattern = job.prune.built()
+    chosen = matrices(shelf.model, job.prune.targets, job.prune.ignore)
+    check_fit(chosen, pattern, job.prune.ragged)
+    check_layout(shelf, chosen)
+    task = Task(method, pattern, job.prune.ragged == "dense")
+    need = least(list(shelf.layers), chosen, method)
+    if job.max_memory is not None and need > settings.budget.device:
+        raise ConfigError(
+            f"--max-memory {job.max_memory} is less than one block of this model needs with "
+            f"{job.prune.method}: {need / 1e9:.1f}GB"
+        )
+    return chosen, task
+
+
+def _say_what(job: Job, shelf: Shelf, chosen: list[Matrix], data: Calibration | None) -> None:
+    _, pattern = job.prune.built()
+    name = type(shelf.model).__name__
+    job.voice.say(f"{name}: {len(chosen)} matrices to prune with {job.prune.method}, {pattern}")
+    if data is None:
+        job.voice.say(f"{job.prune.method} looks at the weights alone: no calibration data is read")
+        return
+    windows, seqlen = data.ids.shape
+    job.voice.say(f"calibrating on {windows} windows of {seqlen} tokens from {data.source}")
+
+
+@dataclass
+class _Run:
+    """One run to disk, its workplace open."""
+
+    job: Job
+    source: Source
+    tokenizer: Any
+    text: Text | None
+    shelf: Shelf
+    settings: Settings
+    work: Workplace
+    measured: dict[str, PerplexityReport] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def prune(
+        self, chosen: Sequence[Matrix], task: Task, data: Calibration | None
+    ) -> list[LayerReport]:
+        """Measure the dense model, then prune everything chosen into the output files."""
+        job, say = self.job, self.job.voice.say
+        if self.text is not None:
+            self._measure("dense", self.source, self.shelf)
+            say(f"perplexity before: {self.measured['dense'].perplexity:.3f}")
+        size = batch_size(job.prune, data, self.settings.device)
+        batches = list(data.batches(size)) if data is not None else []
+        depth = len({m.block for m in chosen})
+        steps = len(self.shelf.layers) + depth * (2 * len(batches) + 1) + len(chosen)
+        with (
+            timed(self.seconds, "prune"),
+            on_sigterm() as stopping,
+            evaluating(self.shelf.model),
+            random_state(self.shelf.model),
+            Bar(steps, "pruning", enabled=not job.voice.quiet) as bar,
+        ):
+            run = Streaming(
+                self.shelf, chosen, task, self.work, batches, self.settings.budget, say, bar.step
+            )
+            try:
+                return run.run(stopping)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{self.work.folder} could not be written: {error.strerror or error}; make room and "
+                    "give the same command again: it goes on behind the last finished block"
+                ) from error
+
+    def _measure(self, name: str, source: Source, shelf: Shelf) -> None:
+        """Perplexity of a checkpoint, or what an earlier run noted of it."""
+        text = self.text
+        assert text is not None
+        digest = hashlib.sha256(raw(text.ids)).hexdigest()
+        step = f"perplexity {name} {digest[:16]} {text.seqlen}"
+        if step not in self.work.journal.steps:
+            shown = not self.job.voice.quiet
+            size = self.job.prune.batch_size
+            if fits(shelf.model, self.settings.budget):
+                opened = self.job.choice.open(source, None)
+                found = text.measure(opened.model, size, shown)
+            else:
+                losses = losses_by_block(shelf, self.settings.budget, self.work.folder)
+                found = text.measure(shelf.model, size, shown, losses)
+            self.work.journal.add(step, {"report": asdict(found)})
+        self.measured[name] = PerplexityReport(**self.work.journal.steps[step]["report"])
+
+    def report(self, layers: list[LayerReport], data: Calibration | None) -> Report:
+        """What was done, with the perplexity of the files that were written."""
+        job, shelf = self.job, self.shelf
+        folder = self.work.checkpoint
+        dtypes: Counter[torch.dtype] = Counter()
+        for place in self.work.shards.places.values():
+            if place.dtype.is_floating_point:
+                dtypes[place.dtype] += place.bytes
+        write_side_files(shelf.model, self.tokenizer, folder, dtypes.most_common(1)[0][0])
+        if self.text is not None:
+            written = replace(self.source, path=str(folder), revision=None)
+            where, dtype = self.settings.device, job.choice.dtype
+            pruned = open_shelf(
+                written,
+                dtype=loading.compute_dtype(dtype, where),
+                device=where,
+                attention=job.choice.attention,
+            )
+            self._measure("pruned", written, pruned)
+        found = Report(
+            recipe=job.prune.recipe(),
+            model={
+                **describe(shelf.model),
+                "name": job.choice.model,
+                "revision": job.choice.revision,
+            },
+            layers=layers,
+            walk="blocks" if data is not None else None,
+            calibration=data.report() if data is not None else None,
+            perplexity=self.measured,
+            seconds={
+                **self.seconds,
+                **{f"eval {name}": m.seconds for name, m in self.measured.items()},
+            },
+            versions=versions(self.settings.device),
+        )
+        if found.sparsity == 0:
+            _, pattern = job.prune.built()
+            raise ConfigError(f"{pattern} removes no weight of any matrix; raise the sparsity")
+        return found
+
+    def finish(self, target: Path, report: Report) -> None:
+        """Add report and card, and put the checkpoint in place."""
+        job, folder = self.job, self.work.checkpoint
+        card = hub.card(report, repo_id=job.push_to_hub, command=job.command())
+        try:
+            (folder / "README.md").write_text(card, encoding="utf-8")
+            (folder / "llmprune.json").write_text(report.to_json() + "\n", encoding="utf-8")
+            check_target(target, job.overwrite, 0, self.source.path)
+            put_in_place(folder, target, job.overwrite)
+        except OSError as error:
+            raise CheckpointError(
+                f"{target} could not be written: {error.strerror or error}"
+            ) from error
+        if job.save is not None:
+            job.voice.say(f"saved to {target}, counts and pattern verified from the files")
