@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +22,9 @@ from llmprune.errors import ConfigError
 
 Within = Literal["row", "matrix", "columns"]
 """Where weights compete: one row (Wanda), the matrix (magnitude), a column block (SparseGPT)."""
+
+SHORT = 8  # weights in a group up to which ranks are counted by comparison
+CHUNK = 2**20  # weights that one thread selects from at a time: their copy stays in its cache
 
 COLUMN_BLOCK = (
     128  # width of a `columns` group, SparseGPT's own default (arXiv 2301.00774, sec. 3.2)
@@ -115,6 +120,12 @@ class NM:
         groups = score.reshape(-1, self.m)
         return keep_highest(groups, self.m - self.n).reshape(rows, columns)
 
+    def keep_down(self, score: Tensor) -> Tensor:
+        """Keep mask of one group in each row, given transposed: `score` and the mask are [m, out]."""
+        if self.m > SHORT:
+            return keep_highest(score.T.contiguous(), self.m - self.n).T
+        return torch.stack([rank >= self.m - self.n for rank in _ranks(score.unbind(0))])
+
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"
 
@@ -126,32 +137,58 @@ def keep_highest(score: Tensor, removed: int) -> Tensor:
     """Mask of `score` [groups, size] that drops exactly `removed` per row: lowest first, ties to the left.
 
     Selection, not sorting: for short groups each weight counts those that go before it, for long ones
-    the threshold comes from `kthvalue` and only the ties at it are counted out.
+    only the ties at a threshold are counted out.
     """
     if removed == 0:
         return torch.ones_like(score, dtype=torch.bool)
-    if score.shape[1] <= 8:
-        return _rank(score) >= removed
-    threshold = score.kthvalue(removed, dim=1, keepdim=True).values  # [groups, 1]
+    groups, size = score.shape
+    if size <= SHORT:
+        return torch.stack([rank >= removed for rank in _ranks(score.unbind(1))], dim=1)
+    threshold = kth_lowest(score, removed)
+    above = score > threshold
+    if _count(above) == groups * (size - removed):  # no group can keep more: nothing to count out
+        return above
     below = score < threshold
     tied = score == threshold
     spare = removed - below.sum(1, keepdim=True, dtype=torch.int32)
-    if int(tied.sum()) == score.shape[0]:  # one weight at each threshold: nothing to count out
-        return ~(below | tied)
     return ~(below | (tied & (tied.cumsum(1, dtype=torch.int32) <= spare)))
 
 
-def _rank(score: Tensor) -> Tensor:
-    """How many weights of the same row go before each one, int8 [groups, size], for short rows."""
-    size = score.shape[1]
-    columns = score.unbind(1)
-    ranks = [torch.zeros_like(columns[0], dtype=torch.int8) for _ in range(size)]
-    for right in range(1, size):
+def kth_lowest(score: Tensor, k: int) -> Tensor:
+    """The k-th lowest (from 1) of each row of `score` [groups, size]: [groups, 1].
+
+    On a CPU by numpy, whose selection uses vector instructions: 2 to 3 times as fast as `kthvalue` for
+    rows of 768 and 2048 and for one group of 98,304 on an AMD EPYC.
+    """
+    if score.device.type != "cpu" or score.dtype not in (torch.float32, torch.float64):
+        return score.kthvalue(k, dim=1, keepdim=True).values
+
+    def select(part: Tensor) -> Tensor:
+        return torch.from_numpy(np.partition(part.numpy(), k - 1, axis=1)[:, k - 1 : k].copy())
+
+    parts = score.detach().split(max(1, CHUNK // score.shape[1]))  # type: ignore[no-untyped-call]
+    if len(parts) == 1:
+        return select(score.detach())
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return torch.cat(list(pool.map(select, parts)))
+
+
+def _count(mask: Tensor) -> int:
+    """How many are True; on a CPU by numpy, which takes a tenth of torch's time."""
+    return int(np.count_nonzero(mask.numpy()) if mask.device.type == "cpu" else mask.sum())
+
+
+def _ranks(columns: Sequence[Tensor]) -> list[Tensor]:
+    """For each of a few columns [groups], how many of its neighbours in the row go before it, int8."""
+    ranks = [
+        torch.full_like(c, len(columns) - 1 - i, dtype=torch.int8) for i, c in enumerate(columns)
+    ]
+    for right in range(1, len(columns)):
         for left in range(right):
-            first = columns[left] <= columns[right]  # the left one goes first, on a tie too
+            first = (columns[left] <= columns[right]).view(torch.int8)  # left first, on a tie too
             ranks[right] += first
-            ranks[left] += ~first
-    return torch.stack(ranks, dim=1)
+            ranks[left] -= first
+    return ranks
 
 
 def parse(text: str | float | Pattern, within: Within | None = None) -> Pattern:

@@ -80,13 +80,12 @@ def prune_matrix(matrix: Matrix, stats: Stats, sample: InputSample | None, task:
         raise NumericalError(f"{matrix.name}: {error}") from error
     _hold(matrix, pruned, task)
     report = _report(matrix, dense, pruned, stats, sample, begun)
-    if pruned.passed_on is None:
-        matrix.write(pruned.weight)
+    matrix.write(pruned.weight)
+    if pruned.late is None:
         return Done(matrix, report, pruned.keep)
-    where = (pruned.weight != pruned.passed_on).nonzero()
-    matrix.write(pruned.passed_on)
-    final = pruned.weight[where[:, 0], where[:, 1]]
-    return Done(matrix, report, pruned.keep, where, final)
+    at = tuple(pruned.late.T)
+    matrix.weight[at] = 0  # shares memory with the model
+    return Done(matrix, report, pruned.keep, pruned.late, pruned.weight[at])
 
 
 def check_fit(chosen: Sequence[Matrix], pattern: Pattern, ragged: str) -> None:

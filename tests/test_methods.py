@@ -213,7 +213,7 @@ def test_sparsegpt_equals_the_formulas(
     expected, keep = literal(weight, x.T @ x, pattern, block=block)
     assert torch.equal(pruned.keep, keep)
     torch.testing.assert_close(pruned.weight.double(), expected, rtol=1e-3, atol=1e-4)
-    assert pruned.passed_on is None
+    assert pruned.late is None
 
 
 @pytest.mark.parametrize(("columns", "block"), [(64, 128), (100, 32), (129, 128)])
@@ -226,7 +226,7 @@ def test_sparsegpt_on_column_blocks_equals_the_formulas(
     x = inputs.double()
     gram = x.T @ x
     expected, keep = literal(weight, gram, Unstructured(sparsity, "columns"), block=block)
-    assert pruned.passed_on is not None
+    assert pruned.late is not None
     torch.testing.assert_close(pruned.passed_on.double(), expected, rtol=1e-3, atol=1e-4)
     assert torch.equal(pruned.passed_on != 0, keep)
 
@@ -321,7 +321,7 @@ def test_scored_methods_leave_kept_weights_as_they_are(name: str) -> None:
     weight, inputs = problem(9, 48)
     pruned = run(name, weight, inputs, NM(2, 4))
     assert torch.equal(pruned.weight, torch.where(pruned.keep, weight, 0))
-    assert pruned.passed_on is None
+    assert pruned.late is None
 
 
 # Counts

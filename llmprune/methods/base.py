@@ -8,7 +8,7 @@ no command line.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -29,14 +29,21 @@ class Pruned:
         weight: [out, in], in the dtype that was given, zero where `keep` is False.
         keep: [out, in] bool, True for the weights that stay.
         notes: what the reader of the report must know of this matrix, such as raised damping.
-        passed_on: [out, in], what later blocks are calibrated on where that is not `weight`: a method
-            may correct its last few weights without disturbing what follows.
+        late: [n, 2] int64, rows and columns of kept weights that are zero while later blocks are
+            calibrated: a method may correct its last few weights without disturbing what follows.
     """
 
     weight: Tensor
     keep: Tensor
     notes: Mapping[str, float | int | str] = field(default_factory=dict)
-    passed_on: Tensor | None = None
+    late: Tensor | None = None
+
+    @property
+    def passed_on(self) -> Tensor:
+        """[out, in], what later blocks are calibrated on."""
+        if self.late is None:
+            return self.weight
+        return self.weight.index_put(tuple(self.late.T), self.weight.new_zeros(()))
 
 
 class Method(ABC, Generic[S]):
@@ -67,6 +74,16 @@ class Method(ABC, Generic[S]):
     @abstractmethod
     def prune(self, weight: Tensor, stats: S, pattern: Pattern) -> Pruned:
         """Prune `weight` [out, in] of any floating dtype; pure: no argument is changed."""
+
+    def prune_together(
+        self, weights: Sequence[Tensor], stats: S, pattern: Pattern
+    ) -> Iterator[Pruned]:
+        """Prune matrices that read the same input, in order; the result is that of one by one.
+
+        A method that is faster on all of them at once overrides this.
+        """
+        for weight in weights:
+            yield self.prune(weight, stats, pattern)
 
 
 class Scored(Method[S]):
