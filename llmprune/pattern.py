@@ -146,7 +146,7 @@ def keep_highest(score: Tensor, removed: int) -> Tensor:
         return torch.stack([rank >= removed for rank in _ranks(score.unbind(1))], dim=1)
     threshold = kth_lowest(score, removed)
     above = score > threshold
-    if _count(above) == groups * (size - removed):  # no group can keep more: nothing to count out
+    if true_in(above) == groups * (size - removed):  # no group can keep more: nothing to count out
         return above
     below = score < threshold
     tied = score == threshold
@@ -173,8 +173,8 @@ def kth_lowest(score: Tensor, k: int) -> Tensor:
         return torch.cat(list(pool.map(select, parts)))
 
 
-def _count(mask: Tensor) -> int:
-    """How many are True; on a CPU by numpy, which takes a tenth of torch's time."""
+def true_in(mask: Tensor) -> int:
+    """How many of a mask are True; on a CPU by numpy, which takes a tenth of torch's time."""
     return int(np.count_nonzero(mask.numpy()) if mask.device.type == "cpu" else mask.sum())
 
 

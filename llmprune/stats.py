@@ -193,7 +193,9 @@ class InputSample:
         tokens: how many tokens were seen.
     """
 
-    SIZE = 512  # tokens kept; the error they give is within a few percent of the error over all
+    SIZE = (
+        256  # tokens kept, about; on a 5M-parameter Llama their error is 2 to 3% (at worst 10%) off
+    )
 
     def __init__(self, every: int) -> None:
         self.every = every
@@ -202,8 +204,12 @@ class InputSample:
 
     @classmethod
     def of(cls, total: int) -> Self:
-        """A sample spread evenly over `total` tokens."""
-        return cls(max(1, total // cls.SIZE))
+        """A sample spread evenly over `total` tokens.
+
+        The step is odd, so that windows of 2^k tokens show all their positions: the first few, whose
+        activations often stand out, made a step of 64 miss the error by up to 163%.
+        """
+        return cls(total // cls.SIZE | 1)
 
     def add(self, inputs: Tensor) -> None:
         """Keep every so-manieth token of a batch [..., features], wherever batches begin."""
@@ -216,8 +222,16 @@ class InputSample:
         """The kept tokens [about SIZE, features]."""
         return torch.cat(self._rows)
 
+    def energy(self, weight: Tensor) -> Tensor:
+        """||X W^T||^2 for weights W [out, features], in float32: a scalar tensor."""
+        norm: Tensor = torch.linalg.vector_norm(self._wide @ weight.float().T)
+        return norm.square()
+
     def error(self, dense: Tensor, pruned: Tensor) -> float:
         """||X (W - B)^T||^2 / ||X W^T||^2 for weights W, B [out, features], in float32."""
-        x = self.inputs.float()
-        change = (x @ (dense.float() - pruned.float()).T).square().sum()
-        return float(change / (x @ dense.float().T).square().sum().clamp_min(1e-30))
+        change = self.energy(dense.float() - pruned.float())
+        return float(change / self.energy(dense).clamp_min(1e-30))
+
+    @cached_property
+    def _wide(self) -> Tensor:
+        return self.inputs.float()

@@ -13,7 +13,7 @@ from torch import Tensor
 from llmprune.errors import NumericalError
 from llmprune.model import Matrix
 from llmprune.observe import Observer
-from llmprune.prune_matrix import Done, Task, prune_matrix
+from llmprune.prune_matrix import Done, Task, prune_matrices, prune_matrix
 from llmprune.report import LayerReport
 from llmprune.walk import Walker
 
@@ -111,9 +111,10 @@ def _prune_observed(
         if not seen.stats.finite():
             names = ", ".join(m.name for m in seen.readers)
             raise NumericalError(f"NaN or Inf in the activations that enter {names}")
+        results = prune_matrices(seen.readers, seen.stats, seen.sample, task)
         for matrix in seen.readers:
             tell(matrix.name)
-            yield prune_matrix(matrix, seen.stats, seen.sample, task)
+            yield next(results)
     for matrix in unreached:
         tell(matrix.name)
         yield prune_matrix(matrix, task.method.stats.empty(0, observer.device), None, task)

@@ -352,8 +352,15 @@ def test_the_sample_is_the_same_whatever_the_batches(total: int) -> None:
         assert sample.tokens == total
         kept.append(sample.inputs)
     assert all(torch.equal(kept[0], other) for other in kept)
-    assert min(total, InputSample.SIZE) <= len(kept[0]) < 2 * InputSample.SIZE
-    assert torch.equal(kept[0], x[:: max(1, total // InputSample.SIZE)])
+    assert min(total, InputSample.SIZE // 2) <= len(kept[0]) < 2 * InputSample.SIZE
+    assert torch.equal(kept[0], x[:: total // InputSample.SIZE | 1])
+
+
+def test_the_sample_shows_every_position_of_a_window() -> None:
+    positions = torch.arange(64).repeat(512)[:, None].float()
+    sample = InputSample.of(len(positions))  # 128 tokens apart
+    sample.add(positions)
+    assert sample.inputs.unique().tolist() == list(range(64))
 
 
 def test_the_sample_of_windows_is_that_of_their_tokens() -> None:
@@ -372,7 +379,7 @@ def test_the_sample_does_not_hold_on_to_the_batch() -> None:
     before = sample.inputs.clone()
     x.zero_()
     assert torch.equal(sample.inputs, before)
-    assert sample.inputs.untyped_storage().nbytes() == 512 * 40 * 4
+    assert sample.inputs.untyped_storage().nbytes() == -(-1024 // 5) * 40 * 4
 
 
 def test_the_error_is_that_of_the_layers_output() -> None:

@@ -159,13 +159,13 @@ class Spy:
         self.stats: dict[str, Any] = {}
         names = {m.weight.data_ptr(): n for n, m in model.named_modules() if is_matrix(m)}
         method = methods.get(name)
-        plain = method.prune
+        plain = method.prune_together
 
-        def prune(it: Any, weight: Tensor, stats: Any, pattern: Any) -> Any:
-            self.stats[names[weight.data_ptr()]] = stats
-            return plain(it, weight, stats, pattern)
+        def prune(it: Any, weights: Any, stats: Any, pattern: Any) -> Any:
+            self.stats |= {names[weight.data_ptr()]: stats for weight in weights}
+            return plain(it, weights, stats, pattern)
 
-        monkeypatch.setattr(method, "prune", prune)
+        monkeypatch.setattr(method, "prune_together", prune)
 
 
 def is_matrix(module: nn.Module) -> bool:
