@@ -119,16 +119,17 @@ class Streaming:
 
     def _check_finished(self, steps: Sequence[str]) -> None:
         """Hold what earlier runs have written against the journal; what is damaged is forgotten."""
-        journal = self.work.journal
+        journal, shards = self.work.journal, self.work.shards
         for name in steps:
-            written: Mapping[str, str] = journal.steps.get(name, {}).get("tensors", {})
-            bad = [key for key, digest in written.items() if self.work.shards.digest(key) != digest]
+            bad: list[str] = []
+            for key, digest in journal.steps.get(name, {}).get("tensors", {}).items():
+                self.progress(0, self.depth, f"looking at finished {name}")
+                if shards.digest(key) != digest:
+                    bad.append(key)
             if bad:
-                shard = self.work.shards.places[bad[0]].shard
-                self.say(
-                    f"{shard} is damaged at {bad[0]}"
-                    f"{f' and {len(bad) - 1} more' if bad[1:] else ''}: {name} is done again"
-                )
+                more = f" and {len(bad) - 1} more tensors" if bad[1:] else ""
+                shard = shards.places[bad[0]].shard
+                self.say(f"{shard} is damaged at {bad[0]}{more}: {name} is done again")
                 del journal.steps[name]
 
     def _todo(self, hidden: Activations | None) -> list[int]:

@@ -85,7 +85,14 @@ def _to_target(
         check_vocabulary(data, shelf.model)
     _say_what(job, shelf, chosen, data)
     work = open_workplace(
-        target, shelf, job.prune, data, settings, restart=job.restart, say=job.voice.say
+        target,
+        shelf,
+        job.prune,
+        data,
+        settings,
+        restart=job.restart,
+        say=job.voice.say,
+        progress=not job.voice.quiet,
     )
     try:
         run = _Run(job, source, tokenizer, text, shelf, settings, work)

@@ -83,6 +83,7 @@ def open_workplace(
     *,
     restart: bool,
     say: Callable[[str], None],
+    progress: bool,
 ) -> Workplace:
     """Open the folder in which the run to `target` keeps what it has finished, or begin one.
 
@@ -92,7 +93,8 @@ def open_workplace(
     """
     folder = unfinished(target)
     try:
-        journal = Journal(folder, _header(folder, shelf, config, data, settings), restart)
+        header = _header(folder, shelf, config, data, settings, progress)
+        journal = Journal(folder, header, restart)
     except OSError as error:
         raise CheckpointError(f"cannot write to {folder}: {error.strerror or error}") from error
     done = sum(name.startswith("block") for name in journal.steps)
@@ -136,11 +138,12 @@ def _header(
     config: PruneConfig,
     data: Calibration | None,
     settings: Settings,
+    progress: bool,
 ) -> dict[str, Any]:
     """What must be the same for a run to be taken up; under `aside` what may differ."""
     paths = sorted({stored.file for stored in shelf.stored.values()})
     known = Journal.header(folder).get("aside", {}).get("files")
-    found = prints.fingerprint(paths, known)
+    found = prints.fingerprint(paths, known, progress=progress)
     text = json.dumps(shelf.model.config.to_dict(), sort_keys=True, default=str)
     return {
         "recipe": config.recipe(),

@@ -9,19 +9,31 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from llmprune.progress import Bar
+
 _BLOB = re.compile(r"[0-9a-f]{64}")  # the Hub's cache names a large file by its sha256
 
 
-def fingerprint(paths: Sequence[Path], known: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def fingerprint(
+    paths: Sequence[Path], known: Mapping[str, Any] | None = None, *, progress: bool = False
+) -> dict[str, Any]:
     """sha256 of every file by name, with what tells that it has not been touched since.
 
     Args:
         paths: the files.
         known: what this function gave earlier; a file with the same size and time is not read again.
+        progress: show a bar after two seconds.
     """
-    with ThreadPoolExecutor(4) as pool:
-        entries = list(pool.map(lambda path: _entry(path, (known or {}).get(path.name)), paths))
-    return {path.name: entry for path, entry in zip(paths, entries, strict=True)}
+    found: dict[str, Any] = {}
+    with (
+        ThreadPoolExecutor(4) as pool,
+        Bar(len(paths), "reading the model", unit="file", enabled=progress) as bar,
+    ):
+        entries = pool.map(lambda path: _entry(path, (known or {}).get(path.name)), paths)
+        for i, (path, entry) in enumerate(zip(paths, entries, strict=True)):
+            bar.step(i, len(paths), path.name)
+            found[path.name] = entry
+    return found
 
 
 def content(found: Mapping[str, Any]) -> dict[str, str]:
