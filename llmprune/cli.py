@@ -99,6 +99,7 @@ def _prune(argv: Sequence[str]) -> int:
         seqlen=args.seqlen,
         seed=args.seed,
         batch_size=args.batch_size,
+        calibrate_all_experts=args.calibrate_all_experts,
     )
     run(
         Job(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -107,26 +106,12 @@ def _probed(model: nn.Module, module: nn.Module, attribute: str) -> bool:
     return found[0]
 
 
-def check_floodable(modules: Iterable[nn.Module], unfused: Iterable[str]) -> None:
-    """Refuse `--calibrate-all-experts` where not every token can be sent to every expert.
-
-    Args:
-        modules: hold fused experts.
-        unfused: names of matrices whose experts are modules of their own.
+def check_signature(module: nn.Module) -> None:
+    """Refuse experts whose forward does not take hidden states and the choice of experts apart.
 
     Raises:
-        ConfigError: naming the class of the experts.
+        ConfigError: naming their class.
     """
-    for name in unfused:
-        raise ConfigError(
-            f"--calibrate-all-experts needs fused experts; {name} is in a module of its own, whose "
-            "inputs its router decides; leave the option out"
-        )
-    for module in modules:
-        _check_signature(module)
-
-
-def _check_signature(module: nn.Module) -> None:
     names = list(inspect.signature(module.forward).parameters)[:3]
     standard = (
         len(names) == 3 and re.search("ind(ex|ices)", names[1]) and names[2].endswith("weights")

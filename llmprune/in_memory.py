@@ -14,6 +14,7 @@ from llmprune.checkpoint.save import check_saveable, check_target, expectations,
 from llmprune.errors import NumericalError
 from llmprune.loading import Opened, Source
 from llmprune.model import Matrix, check_weights, matrices
+from llmprune.observe import check_floodable
 from llmprune.order import Job, Text
 from llmprune.progress import timed
 from llmprune.prune_matrix import check_fit
@@ -62,6 +63,8 @@ def _chosen(job: Job, source: Source, opened: Opened) -> list[Matrix]:
     chosen = matrices(opened.model, job.prune.targets, job.prune.ignore)
     check_fit(chosen, pattern, job.prune.ragged)
     check_weights(chosen)
+    if job.prune.calibrate_all_experts:
+        check_floodable(chosen)
     if job.save is not None:
         check_saveable(opened.model, [m.name for m in chosen])
         check_target(job.save, job.overwrite, _bytes(opened), source.path)

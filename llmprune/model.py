@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from llmprune import experts
-from llmprune.errors import ConfigError, ModelError
+from llmprune.errors import ConfigError, DataError, ModelError
 
 
 @dataclass(frozen=True)
@@ -242,6 +242,21 @@ def check_weights(chosen: Sequence[Matrix]) -> None:
             raise ModelError(
                 f"{matrix.name} holds {bad} NaN or Inf weights; the checkpoint is damaged"
             )
+
+
+def check_vocabulary(ids: Tensor, source: str, model: Any) -> None:
+    """Refuse token `ids` of any shape, read from `source`, that the model has no embedding for.
+
+    Raises:
+        DataError: with the range of both.
+    """
+    size = model.get_input_embeddings().weight.shape[0]
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= size:
+        raise DataError(
+            f"{source} has token ids from {low} to {high}, the model knows 0 to {size - 1}; "
+            "tokenise with the tokenizer of this model"
+        )
 
 
 def max_seqlen(config: Any) -> int | None:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmprune.errors import WalkError
+from llmprune.errors import ConfigError, WalkError
+from llmprune.experts import check_signature
 from llmprune.methods.base import Method
 from llmprune.model import Matrix
 from llmprune.stats import InputSample, Stats
@@ -134,6 +135,26 @@ class Observer:
         mine.stats.add(x)
         mine.sample.add(x)
         self._fresh.append((weakref.ref(x), _version(x), mine))
+
+
+def check_floodable(chosen: Sequence[Matrix]) -> None:
+    """Refuse `--calibrate-all-experts` where not every token can be sent to every expert.
+
+    Raises:
+        ConfigError: naming the class of the experts.
+    """
+    routed = [m for m in chosen if m.number is not None]
+    if not routed:
+        raise ConfigError(
+            "--calibrate-all-experts: no matrix to prune is an expert's; leave it out"
+        )
+    for matrix in routed:
+        if matrix.expert is None:
+            raise ConfigError(
+                f"--calibrate-all-experts needs fused experts; {matrix.name} is a module of its own, "
+                "whose inputs its router decides; leave the option out"
+            )
+        check_signature(matrix.module)
 
 
 def _version(x: Tensor) -> int:

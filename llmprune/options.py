@@ -133,6 +133,12 @@ def _calibration_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--seed", type=int, default=0, help="of the choice of windows (0)")
     group.add_argument("--batch-size", type=int, help="windows at once (what suits the device)")
+    group.add_argument(
+        "--calibrate-all-experts",
+        action="store_true",
+        help="mixtures of experts: let every expert learn from all tokens, not only from those that "
+        "its router sends it (the model's outputs stay the routed ones)",
+    )
 
 
 def _result_options(parser: argparse.ArgumentParser) -> None:

@@ -29,11 +29,13 @@ class Task:
         method: how.
         pattern: what may go, its comparison group decided.
         ragged: leave a matrix dense whose rows the pattern does not divide, instead of refusing.
+        all_experts: let every expert learn from all tokens, not from those that are routed to it.
     """
 
     method: Method[Any]
     pattern: Pattern
     ragged: bool = False
+    all_experts: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,16 +74,21 @@ def prune_matrices(
         ModelError: rows that the pattern does not divide, unless they are left dense.
         NumericalError: naming the matrix, when the method fails or breaks its own promise.
     """
+    sample = sample if sample and sample.tokens else None
     if not task.pattern.fits(matrices[0].shape[1]):
         yield from (_left_dense(matrix, stats, sample, task) for matrix in matrices)
         return
-    results = task.method.prune_together([m.weight for m in matrices], stats, task.pattern)
+    task, known = _able(matrices, stats, task)
+    results = task.method.prune_together([m.weight for m in matrices], known, task.pattern)
     for matrix in matrices:
         begun = time.perf_counter()
         try:
             pruned = next(results)
         except NumericalError as error:
             raise NumericalError(f"{matrix.name}: {error}") from error
+        if known is not stats:
+            notes = {**pruned.notes, "fallback": task.method.name}
+            pruned = replace(pruned, notes=notes)
         yield _put(matrix, pruned, stats, sample, task, begun)
 
 
@@ -125,6 +132,18 @@ def _put(
     at = tuple(pruned.late.T)
     matrix.weight[at] = 0  # shares memory with the model
     return Done(matrix, report, pruned.keep, pruned.late, pruned.weight[at])
+
+
+def _able(matrices: Sequence[Matrix], stats: Stats, task: Task) -> tuple[Task, Stats]:
+    """`task` with a method that `stats` suffice for, and what that method is to know.
+
+    Only experts fall back: the user chose how many tokens there are, the router how few reach an expert.
+    """
+    method = task.method
+    if all(matrix.number is not None for matrix in matrices):
+        while stats.tokens < method.needs_tokens(matrices[0].shape[1]):
+            method, stats = method.fallback(stats)
+    return replace(task, method=method), stats
 
 
 def check_fit(chosen: Sequence[Matrix], pattern: Pattern, ragged: str) -> None:
@@ -211,6 +230,7 @@ def _report(
     return LayerReport(
         name=matrix.name,
         shape=matrix.shape,
+        expert=matrix.number,
         kept=measured.kept,
         sparsity=1 - measured.kept / (out * features),
         weight_error=measured.weight_error,

@@ -27,7 +27,8 @@ class LayerReport:
         tokens: calibration tokens behind its statistics.
         seconds: time spent in the method.
         skipped: why the matrix was left dense, or None.
-        notes: what the method has to say, such as raised damping.
+        notes: what the method has to say, such as raised damping, or what it fell back to.
+        expert: number of the expert it belongs to, or None for a matrix that every token reaches.
     """
 
     name: str
@@ -40,6 +41,7 @@ class LayerReport:
     seconds: float
     skipped: str | None = None
     notes: dict[str, float | int | str] = field(default_factory=dict)
+    expert: int | None = None
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,7 @@ class Report:
         lines.append(f"{'all':<28} {len(self.layers):>5} {self.weights:>14,} {self.sparsity:>9.2%}")
         if skipped := [layer for layer in self.layers if layer.skipped]:
             lines.append(f"left dense: {len(skipped)} ({skipped[0].name}: {skipped[0].skipped})")
+        lines += self._experts()
         if raised := [layer for layer in self.layers if "damping" in layer.notes]:
             most = max(raised, key=lambda layer: float(layer.notes["damping"]))
             lines.append(
@@ -148,6 +151,25 @@ class Report:
                 f"   ({result.dataset}, {result.windows} windows of {result.seqlen})"
             )
         return "\n".join(lines)
+
+    def _experts(self) -> list[str]:
+        """How many tokens the experts saw, and which were too few for the method."""
+        experts = [layer for layer in self.layers if layer.expert is not None]
+        if not experts or self.calibration is None:
+            return []
+        ordered = sorted(experts, key=lambda layer: layer.tokens)
+        least, most = ordered[0], ordered[-1]
+        lines = [
+            f"tokens per expert: {least.tokens:,} ({least.name}) to {most.tokens:,} ({most.name})"
+        ]
+        fell = [layer for layer in ordered if "fallback" in layer.notes]
+        for method in dict.fromkeys(layer.notes["fallback"] for layer in fell):
+            some = [layer for layer in fell if layer.notes["fallback"] == method]
+            lines.append(
+                f"too few tokens, pruned by {method}: {len(some)} of {len(experts)} expert matrices "
+                f"(up to {some[-1].tokens:,} tokens)"
+            )
+        return lines
 
 
 def _kind(name: str) -> str:

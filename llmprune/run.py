@@ -17,9 +17,18 @@ from torch import Tensor, nn
 from llmprune import calibration as calibrations
 from llmprune import methods
 from llmprune.calibration import Calibration
-from llmprune.errors import ConfigError, DataError
+from llmprune.errors import ConfigError
 from llmprune.methods.base import Method
-from llmprune.model import Matrix, blocks, check_weights, matrices, max_seqlen, unwrapped
+from llmprune.model import (
+    Matrix,
+    blocks,
+    check_vocabulary,
+    check_weights,
+    matrices,
+    max_seqlen,
+    unwrapped,
+)
+from llmprune.observe import check_floodable
 from llmprune.pattern import Pattern, Within, parse
 from llmprune.preserve import evaluating, random_state
 from llmprune.progress import Bar
@@ -53,6 +62,7 @@ class PruneConfig:
         seqlen: tokens per window; None is min(2048, what the model allows).
         seed: of the choice of windows.
         batch_size: windows at once; None fits the device. Does not change results beyond rounding.
+        calibrate_all_experts: every expert learns from all tokens, not from those routed to it.
     """
 
     sparsity: float | str | Pattern = 0.5
@@ -68,6 +78,7 @@ class PruneConfig:
     seqlen: int | None = None
     seed: int = 0
     batch_size: int | None = None
+    calibrate_all_experts: bool = False
 
     def __post_init__(self) -> None:
         self.built()
@@ -103,6 +114,7 @@ class PruneConfig:
             "ignore": list(self.ignore),
             "text_column": self.text_column,
             "batch_size": self.batch_size,
+            "calibrate_all_experts": self.calibrate_all_experts,
         }
 
 
@@ -123,6 +135,7 @@ def prune(
     seqlen: int | None = None,
     seed: int = 0,
     batch_size: int | None = None,
+    calibrate_all_experts: bool = False,
     progress: bool = True,
 ) -> Report:
     """Prune a causal language model of transformers, in place.
@@ -147,6 +160,7 @@ def prune(
         seqlen: tokens per window.
         seed: of the choice of windows.
         batch_size: windows at once.
+        calibrate_all_experts: every expert learns from all tokens.
         progress: show a progress bar on stderr.
 
     Returns:
@@ -170,6 +184,7 @@ def prune(
         seqlen=seqlen,
         seed=seed,
         batch_size=batch_size,
+        calibrate_all_experts=calibrate_all_experts,
     )
     return prune_with(config, model, tokenizer, progress=progress)
 
@@ -189,12 +204,14 @@ def prune_with(
     chosen = matrices(model, config.targets, config.ignore)
     check_fit(chosen, pattern, config.ragged)
     check_weights(chosen)
+    if config.calibrate_all_experts:
+        check_floodable(chosen)
     seconds: dict[str, float] = {}
     data = None
     if method.stats.needs_data:
         begun = time.perf_counter()
         data = calibrate(config, max_seqlen(model.config), tokenizer, progress=progress)
-        check_vocabulary(data, model)
+        check_vocabulary(data.ids, data.source, model)
         seconds["calibration"] = time.perf_counter() - begun
         say(
             f"calibrating on {len(data.ids)} windows of {data.ids.shape[1]} tokens from {data.source}"
@@ -203,7 +220,7 @@ def prune_with(
         say(f"{config.method} looks at the weights alone: no calibration data is read")
     begun = time.perf_counter()
     layers: list[LayerReport] = []
-    task = Task(method, pattern, config.ragged == "dense")
+    task = Task(method, pattern, config.ragged == "dense", config.calibrate_all_experts)
     with evaluating(model), random_state(model):
         walker = _walker(model, data, config, say) if data else None
         for matrix, report, keep in _pruned(walker, chosen, task, progress):
@@ -277,14 +294,3 @@ def calibrate(
     if limit is not None and data.ids.shape[1] > limit:
         raise ConfigError(f"windows of {data.ids.shape[1]} tokens; the model allows {limit}")
     return data
-
-
-def check_vocabulary(data: Calibration, model: Any) -> None:
-    """Refuse token ids that the model has no embedding for."""
-    size = model.get_input_embeddings().weight.shape[0]
-    low, high = int(data.ids.min()), int(data.ids.max())
-    if low < 0 or high >= size:
-        raise DataError(
-            f"{data.source} has token ids from {low} to {high}, the model knows 0 to {size - 1}; "
-            "tokenise with the tokenizer of this model"
-        )

@@ -72,7 +72,7 @@ def prune_block(
     """Observe block `index` on all batches, then prune the matrices `here` of it."""
     if not here:
         return
-    observer = Observer(task.method, sum(ids.numel() for ids in walker.batches), walker.device)
+    observer = _observer(walker, task)
     with observer.watching(here):
         for b in range(len(walker.batches)):
             tell(f"observing {b + 1}/{len(walker.batches)}")
@@ -94,12 +94,18 @@ def prune_outside(
     """Prune the matrices `outside` of the blocks, on what the last block gives."""
     if not outside:
         return
-    observer = Observer(task.method, sum(ids.numel() for ids in walker.batches), walker.device)
+    observer = _observer(walker, task)
     with observer.watching(outside):
         for b in range(len(walker.batches)):
             observer.next_batch()
             walker.rest(b, hidden[b])
     yield from _prune_observed(observer, outside, task, tell)
+
+
+def _observer(walker: Walker, task: Task) -> Observer:
+    """What collects the statistics that `task` needs."""
+    total = sum(ids.numel() for ids in walker.batches)
+    return Observer(task.method, total, walker.device, task.all_experts)
 
 
 def _prune_observed(

@@ -28,14 +28,14 @@ from llmprune.deliver import check_layout
 from llmprune.errors import CheckpointError, ConfigError
 from llmprune.loading import Source
 from llmprune.memory import budget, fits, least, parse_size
-from llmprune.model import Matrix, matrices
+from llmprune.model import Matrix, check_vocabulary, matrices
+from llmprune.observe import check_floodable
 from llmprune.order import Job, Text
 from llmprune.preserve import evaluating, random_state
 from llmprune.progress import Bar, timed
 from llmprune.provenance import describe, versions
 from llmprune.prune_matrix import Task, check_fit
 from llmprune.report import LayerReport, PerplexityReport, Report
-from llmprune.run import check_vocabulary
 from llmprune.stopping import on_sigterm
 from llmprune.stream import Streaming
 from llmprune.workplace import Settings, Workplace, batch_size, open_workplace
@@ -82,7 +82,7 @@ def _to_target(
     data = job.prune.calibration if isinstance(job.prune.calibration, Calibration) else None
     data = data if task.method.stats.needs_data else None
     if data is not None:
-        check_vocabulary(data, shelf.model)
+        check_vocabulary(data.ids, data.source, shelf.model)
     _say_what(job, shelf, chosen, data)
     work = open_workplace(
         target,
@@ -112,7 +112,10 @@ def _chosen(job: Job, shelf: Shelf, settings: Settings) -> tuple[list[Matrix], T
     chosen = matrices(shelf.model, job.prune.targets, job.prune.ignore)
     check_fit(chosen, pattern, job.prune.ragged)
     check_layout(shelf, chosen)
-    task = Task(method, pattern, job.prune.ragged == "dense")
+    flood = job.prune.calibrate_all_experts
+    if flood:
+        check_floodable(chosen)
+    task = Task(method, pattern, job.prune.ragged == "dense", flood)
     need = least(list(shelf.layers), chosen, method)
     if job.max_memory is not None and need > settings.budget.device:
         raise ConfigError(

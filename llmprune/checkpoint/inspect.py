@@ -98,9 +98,12 @@ class Inspection:
 
     @property
     def pattern(self) -> str | None:
-        """The n:m that every decoder matrix holds, or None."""
-        held = {(t.pattern, t.axis) for t in self.decoder}
-        return next(iter(held))[0] if len(held) == 1 else None
+        """The n:m that every decoder matrix holds, or None.
+
+        Along either axis: experts may be stored the other way round than the rest.
+        """
+        held = {t.pattern for t in self.decoder}
+        return next(iter(held)) if len(held) == 1 else None
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as plain JSON types, with the totals."""
@@ -251,8 +254,8 @@ def _is_decoder(name: str, shape: tuple[int, ...], floating: bool) -> bool:
         return False
     if module in _ROUTERS or "router" in parts or "scale" in parts[-1] or "embed" in module:
         return False
-    if len(shape) == 3:  # fused experts; a convolution is no matrix
-        return "experts" in parts
+    if len(shape) == 3:  # fused experts, input_linear in some files; a convolution is no matrix
+        return "conv" not in module and min(shape) > 1
     return len(shape) == 2 and parts[-1] == "weight"
 
 

@@ -26,9 +26,11 @@ from llmprune.checkpoint.quiet import quiet
 from llmprune.checkpoint.target import check_target as check_target
 from llmprune.checkpoint.target import staged
 from llmprune.checkpoint.verify import Expected as Expected
+from llmprune.checkpoint.verify import check_matrix, verify_zeros
 from llmprune.checkpoint.verify import expectations as expectations
 from llmprune.checkpoint.verify import verify as verify
 from llmprune.errors import CheckpointError, ModelError
+from llmprune.model import every_matrix
 from llmprune.report import Report
 
 if TYPE_CHECKING:
@@ -64,8 +66,14 @@ def check_saveable(model: PreTrainedModel, names: Iterable[str]) -> None:
         raise ModelError(f"transformers will not save this config: {_line(error)}") from error
     finally:
         vars(model.config).update(before)
+    fused = {m.name: m.parameter_name for m in every_matrix(model) if m.expert is not None}
+    names = list(names)
+    for parameter in dict.fromkeys(fused[name] for name in names if name in fused):
+        _written_as(
+            model, parameter, torch.empty(model.get_parameter(parameter).shape, device="meta")
+        )
     for name in names:
-        if _file_key(model, name) is None:
+        if name not in fused and _file_key(model, name) is None:
             raise ModelError(
                 f"transformers merges {name} with other weights in the file, so it cannot be "
                 "verified there; leave it out with --ignore"
@@ -115,7 +123,7 @@ def save(
             with _stored_dtypes(model, stored or {}) as dtype:
                 _write_model(model, staging, max_shard_size)
             _settle_config(staging / "config.json", dtype)
-            verify(staging, [replace(e, key=e.key or _file_key(model, e.name)) for e in expected])
+            _verify(staging, model, expected)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{target} could not be written: {_line(error)}; nothing is left of it"
@@ -215,6 +223,43 @@ def _settle_config(path: Path, dtype: torch.dtype) -> None:
         if part.pop("torch_dtype", None) or "dtype" in part or part is config:
             part["dtype"] = name
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + os.linesep, encoding="utf-8")
+
+
+def _verify(folder: Path, model: PreTrainedModel, expected: Sequence[Expected]) -> None:
+    """Hold the files against `expected`.
+
+    A file may hold fused experts as one tensor, as one per expert or cut otherwise. So an expert is held
+    against what was decided in the model, and the files against the model: they must be zero wherever
+    the mask of the whole parameter is, once that is rearranged as transformers rearranges the weights.
+    """
+    fused = {m.name: m for m in every_matrix(model) if m.expert is not None}
+    dense = [e for e in expected if e.name not in fused]
+    verify(folder, [replace(e, key=e.key or _file_key(model, e.name)) for e in dense])
+    parameters: dict[str, Tensor] = {}
+    for entry in expected:
+        if matrix := fused.get(entry.name):
+            check_matrix(replace(entry, transposed=False), matrix.weight)
+            parameters[matrix.parameter_name] = matrix.parameter
+    for name, parameter in parameters.items():
+        keep = (parameter.detach() != 0).to(torch.uint8)
+        verify_zeros(folder, name, _written_as(model, name, keep))
+
+
+def _written_as(model: PreTrainedModel, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """What transformers writes `tensor` as, in the place of the parameter `name`: file key to tensor.
+
+    Raises:
+        ModelError: when it cannot.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    try:
+        return dict(revert_weight_conversion(model, {name: tensor}))
+    except (RuntimeError, ValueError, KeyError, IndexError) as error:
+        raise ModelError(
+            f"transformers cannot write {name} in its file format ({_line(error)}); leave it out with "
+            "--ignore"
+        ) from error
 
 
 def _file_key(model: PreTrainedModel, name: str) -> str | None:

@@ -151,6 +151,39 @@ def _located(entry: Expected, index: Mapping[str, str]) -> Expected:
     return replace(entry, key=find_key(entry.name, index))
 
 
+def verify_zeros(folder: Path, name: str, keep: Mapping[str, Tensor]) -> None:
+    """Hold the tensors that one parameter became against its mask.
+
+    Args:
+        folder: holds safetensors files.
+        name: of the parameter in the model, for the message.
+        keep: by key in the files, a tensor of the same shape that is zero where the file must be.
+
+    Raises:
+        CheckpointError: naming the first tensor that is missing, misshapen, not finite or denser.
+    """
+    index = weight_map(folder)
+    for key, mask in keep.items():
+        if key not in index:
+            raise CheckpointError(
+                f"the written file is not what was decided: it lacks {key} ({name})"
+            )
+        try:
+            with safe_open(folder / index[key], framework="pt", device="cpu") as file:
+                stored = file.get_tensor(key)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{index[key]} cannot be read back: {error}; write it again"
+            ) from error
+        entry = Expected(name, (0, 0), 0, key=key)  # whom the message is about
+        if stored.shape != mask.shape:
+            raise _mismatch(entry, f"has shape {tuple(stored.shape)}, expected {tuple(mask.shape)}")
+        if not bool(stored.isfinite().all()):
+            raise _mismatch(entry, f"holds NaN or Inf weights in {stored.dtype}")
+        if bad := int((stored.ne(0) & mask.to(stored.device).eq(0)).sum()):
+            raise _mismatch(entry, f"holds {bad} weights that were to go")
+
+
 def check_matrix(entry: Expected, stored: Tensor) -> None:
     """Hold one tensor as it was read against `entry`.
 

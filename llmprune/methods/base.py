@@ -71,6 +71,14 @@ class Method(ABC, Generic[S]):
         """`pattern` with its comparison group decided: the user's choice, else the method's own."""
         return pattern.resolved(self.within)
 
+    def needs_tokens(self, features: int) -> int:
+        """Fewest tokens to learn from, for an expert that has `features` inputs; fewer make it fall back."""
+        return 0
+
+    def fallback(self, stats: S) -> tuple[Method[Any], Stats]:
+        """What stands in for this method where there are fewer tokens, and its statistics of `stats`."""
+        raise NotImplementedError(f"{self.name} needs tokens and names nothing to fall back to")
+
     @abstractmethod
     def prune(self, weight: Tensor, stats: S, pattern: Pattern) -> Pruned:
         """Prune `weight` [out, in] of any floating dtype; pure: no argument is changed."""

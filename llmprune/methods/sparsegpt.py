@@ -20,18 +20,26 @@ Deliberate differences from the paper's code (IST-DASLab/sparsegpt, commit 147d2
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from llmprune.errors import ConfigError
 from llmprune.methods.base import Method, Pruned, register
+from llmprune.methods.wanda import Wanda
 from llmprune.pattern import NM, Pattern, Unstructured, Within, keep_highest, kth_lowest
-from llmprune.stats import Gram
+from llmprune.stats import Gram, InputNorms, Stats
+
+TOKENS_PER_FEATURE = 1.5
+"""Tokens that an expert must have seen, a share of its inputs' number. With fewer the Gram matrix has
+directions that no token showed, and compensation along them harms: at 50% the output error on other tokens is
+twice Wanda's at 1/4, and below it from 1 on; perplexity from 1.5 on (benchmarks/expert_floor.py, averages in
+benchmarks/results/expert-floor.json)."""
 
 LEAF = 32  # columns swept one by one; of 16 to 128 the fastest for 768 rows, and no worse for 4096
 STACK = 2**25  # weights that are stacked at most, 128 MiB in float32
@@ -60,6 +68,16 @@ class SparseGPT(Method[Gram]):
     def resolve(self, pattern: Pattern) -> Pattern:
         """The comparison group is one column block of this method's own width."""
         return pattern.resolved(self.within, self.block)
+
+    def needs_tokens(self, features: int) -> int:
+        """A share of the inputs' number."""
+        return math.ceil(TOKENS_PER_FEATURE * features)
+
+    def fallback(self, stats: Gram) -> tuple[Method[Any], Stats]:
+        """Wanda, whose norms are the diagonal of the Gram matrix."""
+        norms = InputNorms(stats.sums.diagonal().clone())
+        norms.tokens = stats.tokens
+        return Wanda(), norms
 
     def prune(self, weight: Tensor, stats: Gram, pattern: Pattern) -> Pruned:
         """Sweep the columns of `weight` [out, in] from left to right."""

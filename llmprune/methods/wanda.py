@@ -10,15 +10,20 @@ score; rows then differ in count and the matrix is near the sparsity asked for, 
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from llmprune.errors import ConfigError
-from llmprune.methods.base import Pruned, Scored, register
+from llmprune.methods.base import Method, Pruned, Scored, register
+from llmprune.methods.magnitude import Magnitude
 from llmprune.pattern import Pattern, Unstructured, Within
-from llmprune.stats import InputNorms
+from llmprune.stats import InputNorms, NoStats, Stats
+
+MIN_TOKENS = 128
+"""Tokens that an expert must have seen; with fewer the norms are too rough, and the output error on other
+tokens is above magnitude's (benchmarks/expert_floor.py, benchmarks/results/expert-floor.json)."""
 
 
 @register("wanda")
@@ -36,6 +41,14 @@ class Wanda(Scored[InputNorms]):
     def exact(self) -> bool:
         """The variant trades exact row counts for a common share of the score."""
         return not self.variant
+
+    def needs_tokens(self, features: int) -> int:
+        """A number that does not depend on the inputs: each norm is learned by itself."""
+        return MIN_TOKENS
+
+    def fallback(self, stats: InputNorms) -> tuple[Method[Any], Stats]:
+        """Magnitude, which learns nothing of the inputs."""
+        return Magnitude(), NoStats()
 
     def score(self, weight: Tensor, stats: InputNorms) -> Tensor:
         """|W| * ||X||."""
