@@ -67,8 +67,8 @@ def transposed(
 ) -> bool:
     """Whether a fused parameter is stored [experts, in, out].
 
-    transformers 5 declares it. Where it does not, shapes tell: what `gate_up_proj` gives, halved, is
-    what `down_proj` takes. Where they do not, a forward of a few tokens shows it.
+    transformers 5 declares it. Where it does not, shapes tell, those of another module of the same class
+    too; where they do not, a forward of a few tokens shows it, which `probed` remembers for the class.
 
     Raises:
         ModelError: when nothing tells.
@@ -76,6 +76,22 @@ def transposed(
     declared = getattr(module, "is_transposed", None)
     if isinstance(declared, bool):
         return declared
+    alike = (other for other in model.modules() if type(other) is type(module))
+    for one in (module, *alike):
+        if (told := _by_shape(one, attribute)) is not None:
+            return told
+    key = type(module), attribute
+    if key not in probed:
+        probed[key] = _probed(model, module, attribute)
+    return probed[key]
+
+
+def _by_shape(module: nn.Module, attribute: str) -> bool | None:
+    """Whether shapes say [experts, in, out]; None where both ways fit.
+
+    The module may name the sizes of its outputs and inputs; what `gate_up_proj` gives, halved, is what
+    `down_proj` takes.
+    """
     _, rows, columns = getattr(module, attribute).shape
     sizes = getattr(module, "output_size", None), getattr(module, "input_size", None)
     if rows != columns and sizes in ((rows, columns), (columns, rows)):
@@ -85,10 +101,7 @@ def transposed(
         (_, a, b), (_, c, d) = first.shape, second.shape
         if (a, b) == (2 * d, c) or (b, a) == (2 * c, d):
             return (b, a) == (2 * c, d)
-    key = type(module), attribute
-    if key not in probed:
-        probed[key] = _probed(model, module, attribute)
-    return probed[key]
+    return None
 
 
 def _probed(model: nn.Module, module: nn.Module, attribute: str) -> bool:

@@ -236,6 +236,13 @@ def test_parallel_experts_have_no_expert_in_their_name(width: int) -> None:
     assert "model.layers.1.self_attention.experts.output_linear.0" in found
 
 
+def test_a_square_parameter_is_stored_like_others_of_its_class() -> None:
+    model = family("jetmoe").to("meta")  # no forward can show it
+    found = named(model)
+    assert found["model.layers.0.self_attention.experts.input_linear.1"].shape == (16, 16)
+    assert not any(m.transposed for m in found.values())
+
+
 def test_patterns_choose_experts() -> None:
     model = family("mixtral")
     chosen = matrices(model, ["experts.*.down_proj"], ["re:.*experts\\.[12]\\."])
