@@ -92,9 +92,9 @@ def of_block(block: nn.Module, here: Sequence[Matrix], method: Method[Any]) -> i
     """Bytes that one block needs while it is pruned: weights, statistics and `SLACK`.
 
     Matrices that share an input share its statistics; which do is known only once the block has run, so
-    that every matrix of the same width in the same module is taken to share.
+    that every matrix of the same width in the same module is taken to share; experts share nothing.
     """
-    inputs = {(m.name.rpartition(".")[0], m.shape[1]): m.shape[1] for m in here}
+    inputs = {(m.name.rpartition(".")[0], m.expert, m.shape[1]): m.shape[1] for m in here}
     statistics = sum(_bytes(method, width) for width in inputs.values())
     return of_model(block) + statistics + SLACK
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -17,16 +20,17 @@ import llmprune
 from llmprune.checkpoint.inspect import inspect
 from llmprune.checkpoint.save import check_saveable, expectations, save
 from llmprune.checkpoint.verify import verify_zeros
+from llmprune.cli import main
 from llmprune.errors import CheckpointError, ConfigError, ModelError, WalkError
 from llmprune.experts import refuse_flat
-from llmprune.methods import build
+from llmprune.methods import Scored, build
 from llmprune.methods.sparsegpt import SparseGPT
 from llmprune.methods.wanda import Wanda
 from llmprune.model import Matrix, blocks, masks, matrices, sparsity
 from llmprune.observe import Observer
 from llmprune.pattern import parse
 from llmprune.prune_matrix import Task, prune_matrix
-from llmprune.stats import Gram
+from llmprune.stats import Gram, InputNorms, NoStats
 from llmprune.walk import Walker
 
 SHAPE = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -482,6 +486,48 @@ def test_a_family_is_pruned_saved_and_reloaded_equal(
         assert held.pattern == (sparsity if ":" in sparsity else None)
 
 
+@pytest.mark.parametrize(
+    ("name", "extra"),
+    [
+        ("mixtral", ()),
+        ("mixtral", ("--calibrate-all-experts",)),
+        ("gpt_oss", ()),
+        ("llama4", ()),
+        ("jetmoe", ()),
+    ],
+)
+def test_the_command_line_does_the_same_from_disk_to_disk(
+    name: str, extra: tuple[str, ...], tmp_path: Path
+) -> None:
+    model, ids = family(name), tokens(16, 64)
+    model.save_pretrained(tmp_path / "dense")
+    np.save(tmp_path / "ids.npy", ids.numpy())
+    out = tmp_path / "out"
+    command = (
+        f"--model {tmp_path / 'dense'} --calibration {tmp_path / 'ids.npy'} --save {out} --quiet"
+    )
+    settings = ("--sparsity", "2:4", "--method", "sparsegpt", "--no-eval", *extra)
+    assert main([*command.split(), *settings]) == 0
+    report = llmprune.prune(
+        model,
+        calibration=ids,
+        sparsity="2:4",
+        method="sparsegpt",
+        calibrate_all_experts=bool(extra),
+        progress=False,
+    )
+    written = json.loads((out / "llmprune.json").read_text())
+    for here, there in zip(report.layers, written["layers"], strict=True):
+        assert (here.name, here.tokens, here.expert) == (
+            there["name"],
+            there["tokens"],
+            there["expert"],
+        )
+    again = transformers.AutoModelForCausalLM.from_pretrained(out)
+    for parameter, weight in again.named_parameters():
+        torch.testing.assert_close(weight, model.get_parameter(parameter), rtol=1e-4, atol=1e-4)
+
+
 def test_files_that_hold_more_of_an_expert_than_was_decided_are_refused(tmp_path: Path) -> None:
     model = family("mixtral")
     report = llmprune.prune(model, calibration=tokens(), sparsity="2:4", progress=False)
@@ -611,6 +657,21 @@ def test_too_few_tokens_make_an_expert_fall_back(method: str, count: str, by: st
     assert not holder.weight[0].any()
     # a matrix that every token reaches keeps the method that was asked for
     assert "fallback" not in pruned(linear, method)[1].notes
+
+
+def test_a_method_that_says_nothing_falls_back_without_tokens_only() -> None:
+    @dataclass(frozen=True)
+    class Plain(Scored[InputNorms]):
+        stats = InputNorms
+        within = "row"
+
+        def score(self, weight: Tensor, stats: InputNorms) -> Tensor:
+            return weight.abs() * stats.norm
+
+    assert (Plain().needs_tokens(64), build("magnitude").needs_tokens(64)) == (1, 0)
+    method, stats = Plain().fallback(InputNorms.empty(0, torch.device("cpu")))
+    assert method.name == "magnitude"
+    assert isinstance(stats, NoStats)
 
 
 # Experts that are modules of their own

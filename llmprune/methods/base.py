@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llmprune.errors import ConfigError, nearest
 from llmprune.pattern import Pattern, Within
-from llmprune.stats import Stats
+from llmprune.stats import NoStats, Stats
 
 S = TypeVar("S", bound=Stats)
 
@@ -73,11 +73,11 @@ class Method(ABC, Generic[S]):
 
     def needs_tokens(self, features: int) -> int:
         """Fewest tokens to learn from, for an expert that has `features` inputs; fewer make it fall back."""
-        return 0
+        return 1 if self.stats.needs_data else 0
 
     def fallback(self, stats: S) -> tuple[Method[Any], Stats]:
-        """What stands in for this method where there are fewer tokens, and its statistics of `stats`."""
-        raise NotImplementedError(f"{self.name} needs tokens and names nothing to fall back to")
+        """What stands in for this method where there are fewer tokens, and its statistics out of `stats`."""
+        return build("magnitude"), NoStats()
 
     @abstractmethod
     def prune(self, weight: Tensor, stats: S, pattern: Pattern) -> Pruned:
