@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,6 @@ SHAPES = {
     "1b": (2048, 8192, 32, 8, 16, 512),
     "8b": (4096, 14336, 32, 8, 8, 256),
 }
-CASES = (("sparsegpt", "0.5"), ("sparsegpt", "2:4"), ("wanda", "0.5"), ("wanda", "2:4"))
 INPUTS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
@@ -137,15 +137,19 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["110m", "1b", "8b"])
+    parser.add_argument("--patterns", nargs="+", default=["0.5", "2:4"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--windows", type=int, help="instead of the shape's own number")
     parser.add_argument("--seqlen", type=int, help="likewise")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu needs --threads 1")
+    parser.add_argument("--small", action="store_true", help="a rehearsal with one tiny block")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    if args.small:
+        args.shapes, args.windows, args.seqlen, args.dtype = ["tiny"], None, None, "float32"
     if args.clock == "cpu" and (args.threads > 1 or args.device != "cpu"):
         parser.error("--clock cpu adds up threads; it needs --threads 1 and --device cpu")
     return args
@@ -155,7 +159,7 @@ def _measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Seconds of every contender on one shape, each result compared before it counts."""
     bench, now = _bench(name, args), CLOCKS[args.clock]
     jobs: dict[tuple[str, str, str], Callable[[], tuple[dict[str, Tensor], list[Tensor]]]] = {}
-    for method, pattern in CASES:
+    for method, pattern in product(("sparsegpt", "wanda"), args.patterns):
         jobs["llmprune", method, pattern] = lambda m=method, p=pattern: bench.ours(m, p)  # type: ignore[misc]
         if method == "sparsegpt":
             jobs["naive", method, pattern] = lambda p=pattern: bench.naive(p)  # type: ignore[misc]
@@ -209,7 +213,6 @@ def _bench(name: str, args: argparse.Namespace) -> Bench:
         model: Any = LlamaForCausalLM(config)
     model.model.layers[0] = nn.Identity()  # the walk gives its output; it is never run
     model = model.to_empty(device="cpu").eval()
-    model.init_weights()
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.02) if parameter.dim() > 1 else parameter.data.fill_(1)

@@ -66,7 +66,7 @@ def test_together_is_as_one_by_one(name: str, pattern: Pattern, dtype: torch.dty
 
 
 def test_only_so_much_is_stacked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sparsegpt, "STACK", 100)
+    monkeypatch.setattr(sparsegpt, "STACK", {"cpu": 100})
     tall: list[int] = []
     sweep = sparsegpt.SparseGPT._sweep
 

@@ -1,0 +1,65 @@
+"""The benchmarks that publish figures: they run, and print none for a wrong result."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def speed(root: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    return importlib.import_module("speed")
+
+
+def test_the_papers_formulation_and_llmprune_agree_on_a_tiny_block(
+    root: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "speed.json"
+    command = [sys.executable, "benchmarks/speed.py", "--small", "--repeats", "1"]
+    command += ["--threads", "1", "--clock", "cpu", "--out", str(out)]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (block,) = json.loads(out.read_text())["blocks"]
+    assert set(block["agreement_with_naive"]) == {"0.5", "2:4"}
+    assert all(0.999 <= share <= 1 for share in block["agreement_with_naive"].values())
+    assert len(block["rows"]) == 6
+    assert done.stdout.count("times as fast as naive") == 2
+
+
+def test_no_figure_for_masks_that_differ(speed: Any) -> None:
+    mine = torch.ones(100, 100, dtype=torch.bool)
+    theirs = mine.clone()
+    found = {
+        ("llmprune", "sparsegpt", "0.5"): {"q": mine},
+        ("naive", "sparsegpt", "0.5"): {"q": theirs},
+    }
+    theirs[0, :10] = False
+    assert speed._agreement(found) == {"0.5": 0.999}
+    theirs[0, 10] = False
+    with pytest.raises(SystemExit, match="masks differ"):
+        speed._agreement(found)
+
+
+def test_the_outputs_of_both_are_the_same(speed: Any) -> None:
+    """Both pass on what the pruned block gives: nearly the same, as their masks are."""
+    import argparse
+
+    args = argparse.Namespace(device="cpu", dtype="float32", windows=4, seqlen=64)
+    bench = speed._bench("tiny", args)
+    _, mine = bench.ours("sparsegpt", "2:4")
+    bench.block.load_state_dict(bench.dense)
+    _, theirs = bench.naive("2:4")
+    a, b = torch.cat(mine), torch.cat(theirs)
+    assert a.shape == b.shape == (4, 64, 256)
+    assert (a - b).norm() < 1e-3 * b.norm()
+    bench.block.load_state_dict(bench.dense)
+    dense = bench.forward(bench.hidden)
+    assert (a - dense).norm() > 10 * (a - b).norm()  # pruning itself changed far more
