@@ -12,7 +12,8 @@ Deliberate differences from the paper's code (IST-DASLab/sparsegpt, commit 147d2
   change of one weight in 32,768 grows from block to block and turns three in a thousand at 70%).
 - Features that were zero on every token do not count in the mean that damping is a share of.
 - The Gram matrix is a plain sum (theirs is scaled by 2/N, which cancels), and U comes from one
-  Cholesky factorisation in reversed order, in float64.
+  Cholesky factorisation in reversed order, up to 1024 features in float64 (llmprune/factor.py).
+- Matrices that read one input are swept as one; their comparison groups stay their own.
 - A Gram matrix that is not positive definite gets its damping raised tenfold, reported, up to a limit.
 - `within=row` asks the same of each row, block by block; `within=matrix` chooses the whole mask before
   the sweep, from the weights as given.
