@@ -40,6 +40,7 @@ class Activations:
         self.rooms = rooms
         self.device = device
         self._kept: list[Tensor | None] = [None] * batches
+        self._room: list[int | None] = [None] * batches  # which of `rooms` each is in
         self._layout: list[tuple[tuple[int, ...], int]] = []  # shape and first byte, by batch
         self._dtype = torch.float32
         self._file: Path | None = None
@@ -66,13 +67,18 @@ class Activations:
         """
         if self._next is None:
             raise ValueError("begin() a generation before its hidden states are set")
+        hidden = hidden.contiguous()  # as it is read back: results can depend on strides
         self._next.append(hidden)
-        self._kept[batch] = None
-        for device, room in self.rooms:
-            used = sum(t.nbytes for t in self._kept if t is not None and t.device == device)
-            if used + hidden.nbytes <= room:
-                self._kept[batch] = hidden.to(device)
+        self._kept[batch] = self._room[batch] = None
+        for number, (device, room) in enumerate(self.rooms):
+            if self._used(number) + hidden.nbytes <= room:
+                self._kept[batch], self._room[batch] = hidden.to(device), number
                 break
+
+    def _used(self, number: int) -> int:
+        """Bytes in a room."""
+        here = zip(self._kept, self._room, strict=True)
+        return sum(kept.nbytes for kept, room in here if kept is not None and room == number)
 
     def begin(self, block: int) -> None:
         """Output of block `block` follows."""
@@ -106,7 +112,7 @@ class Activations:
             return False
         self._file, self._dtype = path, getattr(torch, str(entry["dtype"]))
         self._layout = [(tuple(shape), int(start)) for shape, start in entry["layout"]]
-        self._kept = [None] * len(self._layout)
+        self._kept, self._room = [None] * len(self._layout), [None] * len(self._layout)
         return True
 
 

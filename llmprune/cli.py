@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"llmprune: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except Stopped as stop:
-        print(f"llmprune: {stop}; the same command goes on from there", file=sys.stderr)
+        print(f"llmprune: {stop}", file=sys.stderr)
         return TERMINATED
     except KeyboardInterrupt:
         print(f"llmprune: interrupted; {_left(argv)}", file=sys.stderr)

@@ -37,8 +37,8 @@ class HubError(LLMPruneError, RuntimeError):
     """A push that did not go through; the local copy is untouched."""
 
 
-class Stopped(Exception):
-    """Not an error: the run was asked to stop (SIGTERM) and has, behind a finished block."""
+class Stopped(BaseException):
+    """Not an error, as KeyboardInterrupt is none: the run was asked to stop (SIGTERM) and has."""
 
 
 def nearest(name: str, known: "list[str] | tuple[str, ...]") -> str:

@@ -22,6 +22,7 @@ from llmprune.order import Job, Text
 from llmprune.report import Report
 from llmprune.run import calibrate
 from llmprune.to_disk import run_to_disk
+from llmprune.workplace import settle
 
 
 def run(job: Job) -> Report:
@@ -59,12 +60,13 @@ def _check(job: Job) -> Source:
     if job.plot is not None:
         plot.check(job.plot)
     if job.save is not None:
+        settle(job.save)
         check_target(job.save, job.overwrite, 0)
     if job.push_to_hub is not None:
         hub.check_push(job.push_to_hub)
     source = job.choice.check()
     if job.save is not None:
-        check_target(job.save, job.overwrite, source.bytes, source.path)
+        check_target(job.save, job.overwrite, 0, source.path)
     return source
 
 

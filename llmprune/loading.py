@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from llmprune.checkpoint.quiet import quiet
 from llmprune.errors import ConfigError, ModelError, nearest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -185,17 +186,18 @@ def open_model(
 
     where = check_choice(dtype, device)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source.path,
-            config=source.config,
-            dtype="auto",
-            use_safetensors=True,
-            output_loading_info=True,
-            trust_remote_code=source.trust_remote_code,
-            revision=source.revision,
-            attn_implementation=attention,
-            device_map={"": str(where)} if where.type == "cuda" else None,
-        )
+        with quiet():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                source.path,
+                config=source.config,
+                dtype="auto",
+                use_safetensors=True,
+                output_loading_info=True,
+                trust_remote_code=source.trust_remote_code,
+                revision=source.revision,
+                attn_implementation=attention,
+                device_map={"": str(where)} if where.type == "cuda" else None,
+            )
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise ModelError(_why_unloadable(source.name, error)) from error
     if missing := sorted(info["missing_keys"]):

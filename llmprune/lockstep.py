@@ -21,7 +21,12 @@ from llmprune.model import blocks
 from llmprune.walk import Walker, hidden_state, restore_forward, without_tensors
 
 
-def check_walk(shelf: Shelf, walker: Walker, progress: Callable[[int, int, str], None]) -> None:
+def check_walk(
+    shelf: Shelf,
+    walker: Walker,
+    progress: Callable[[int, int, str], None],
+    look: Callable[[int], None] = lambda block: None,
+) -> None:
     """Load what is outside the blocks, and hold the walk against the model's plain forward.
 
     Every block is read once for it. What is outside stays loaded. `walker` learns what its blocks return.
@@ -30,12 +35,13 @@ def check_walk(shelf: Shelf, walker: Walker, progress: Callable[[int, int, str],
         shelf: the model.
         walker: over that model.
         progress: told of each block.
+        look: called with each block once it is loaded; may raise.
 
     Raises:
         WalkError: when a block run alone does not give exactly what it gives in the plain forward.
     """
     shelf.load_rest(torch.cat([b.flatten() for b in walker.batches]), head=False)
-    check = _Check(shelf, walker, progress)
+    check = _Check(shelf, walker, progress, look)
     with check.in_place():
         check.twin(input_ids=check.single.batches[0].to(walker.device), use_cache=False)
     for i in range(len(walker.layers)):
@@ -49,11 +55,16 @@ class _Check:
     """The plain forward in a twin, and the same blocks run alone on two windows in turn."""
 
     def __init__(
-        self, shelf: Shelf, walker: Walker, progress: Callable[[int, int, str], None]
+        self,
+        shelf: Shelf,
+        walker: Walker,
+        progress: Callable[[int, int, str], None],
+        look: Callable[[int], None],
     ) -> None:
         self.shelf = shelf
         self.walker = walker
         self.progress = progress
+        self.look = look
         self.reached: list[int] = []
         self.single = Walker(walker.model, walker.layers, walker.two_windows(), walker.device)
         self.single.extras = walker.extras
@@ -80,6 +91,7 @@ class _Check:
             self.reached.append(index)
             self.progress(index, len(self.twins), "checking the walk")
             self.shelf.load(index)
+            self.look(index)
             self._share(index)
             out = inner(*args, **kwargs)
             self._compare(index, out)

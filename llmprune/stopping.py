@@ -1,4 +1,4 @@
-"""SIGTERM: finish the block in hand, then stop."""
+"""SIGTERM: finish the block in hand, then stop; where there is none, stop at once."""
 
 from __future__ import annotations
 
@@ -12,33 +12,51 @@ from llmprune.errors import Stopped
 
 
 class Stopping:
-    """Whether the process was asked to stop."""
+    """Whether the process was asked to stop, and how far it is."""
 
     def __init__(self) -> None:
         self.asked = False
+        self.finished = 0
+        self._holding = False
 
-    def check(self, finished: int, depth: int) -> None:
-        """End the run when that was asked for.
+    @contextmanager
+    def block(self, index: int) -> Iterator[None]:
+        """Around the work on one block: SIGTERM waits for its end.
 
         Raises:
-            Stopped: with what is finished.
+            Stopped: behind it, when that was asked for.
         """
-        if self.asked and finished < depth:
-            raise Stopped(f"stopped behind block {finished} of {depth}, as asked")
+        self._holding = True
+        try:
+            yield
+        finally:
+            self._holding = False
+        self.finished = index + 1
+        self._check()
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal."""
+        self.asked = True
+        if not self._holding:
+            self._check()
+
+    def _check(self) -> None:
+        if self.asked:
+            raise Stopped(
+                f"stopped behind block {self.finished}, as asked; the same command goes on from there"
+                if self.finished
+                else "stopped before the first block was finished, as asked; nothing is left"
+            )
 
 
 @contextmanager
 def on_sigterm() -> Iterator[Stopping]:
-    """While open, SIGTERM does not end the process but is noted."""
+    """While open, SIGTERM does not end the process but raises `Stopped`, behind the block in hand."""
     stopping = Stopping()
     if threading.current_thread() is not threading.main_thread():
         yield stopping  # only the main thread may set handlers
         return
-
-    def note(number: int, frame: FrameType | None) -> None:
-        stopping.asked = True
-
-    before = signal.signal(signal.SIGTERM, note)
+    before = signal.signal(signal.SIGTERM, stopping.note)
     try:
         yield stopping
     finally:

@@ -89,13 +89,16 @@ class Streaming:
         self._check_finished([*names, "copy"])
         hidden = self._hidden()
         todo = self._todo(hidden)
+        stopping.finished = todo[0] if todo else self.depth
         if self.walker is not None and (todo or (outside and "outside" not in steps)):
-            check_walk(self.shelf, self.walker, self.progress)
+            check_walk(
+                self.shelf, self.walker, self.progress, lambda i: check_weights(self._here(i))
+            )
         if "copy" not in steps:
             self._copy()
         for index in todo:
-            self._block(index, hidden)
-            stopping.check(index + 1, self.depth)
+            with stopping.block(index):
+                self._block(index, hidden)
         if outside and "outside" not in steps:
             self._outside(outside, hidden)
         self.shelf.release_rest()
@@ -130,7 +133,7 @@ class Streaming:
                 more = f" and {len(bad) - 1} more tensors" if bad[1:] else ""
                 shard = shards.places[bad[0]].shard
                 self.say(f"{shard} is damaged at {bad[0]}{more}: {name} is done again")
-                del journal.steps[name]
+                journal.forget([name])
 
     def _todo(self, hidden: Activations | None) -> list[int]:
         """The blocks that are not finished, with those that have to be run again to reach them.
@@ -154,8 +157,9 @@ class Streaming:
                 self.say(f"going on behind block {finished} of {self.depth}, finished earlier")
                 return missing
             self.say(f"{steps[last]['hidden']['file']} is damaged: all blocks are done again")
-        elif finished:
-            self.say("the blocks before it are done again too, for their outputs")
+        elif len(missing) < self.depth:
+            self.say("all blocks are done again, for what they pass on")
+        self.work.journal.forget([f"block {i}" for i in range(self.depth)])
         return list(range(self.depth))
 
     def _copy(self) -> None:

@@ -6,7 +6,9 @@ on the files that were written; in memory where the model fits, else block by bl
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import math
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -36,7 +38,7 @@ from llmprune.progress import Bar, timed
 from llmprune.provenance import describe, versions
 from llmprune.prune_matrix import Task, check_fit
 from llmprune.report import LayerReport, PerplexityReport, Report
-from llmprune.stopping import on_sigterm
+from llmprune.stopping import Stopping, on_sigterm
 from llmprune.stream import Streaming
 from llmprune.workplace import Settings, Workplace, batch_size, open_workplace
 
@@ -95,14 +97,20 @@ def _to_target(
         progress=not job.voice.quiet,
     )
     try:
-        run = _Run(job, source, tokenizer, text, shelf, settings, work)
-        layers = run.prune(chosen, task, data)
-        report = run.report(layers, data)
-        run.finish(target, report)
-    except BaseException:
-        work.abandon()
-        raise
-    work.journal.discard()
+        with on_sigterm() as stopping:
+            run = _Run(job, source, tokenizer, text, shelf, settings, work, stopping)
+            layers = run.prune(chosen, task, data)
+            report = run.report(layers, data)
+            run.finish(target, report)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        raise CheckpointError(
+            f"{error.filename or work.folder} could not be written: {error.strerror or error}; "
+            f"{'make room and ' if full else ''}give the same command again: it goes on behind the last "
+            "finished block"
+        ) from error
+    finally:
+        work.close()
     return report
 
 
@@ -120,7 +128,7 @@ def _chosen(job: Job, shelf: Shelf, settings: Settings) -> tuple[list[Matrix], T
     if job.max_memory is not None and need > settings.budget.device:
         raise ConfigError(
             f"--max-memory {job.max_memory} is less than one block of this model needs with "
-            f"{job.prune.method}: {need / 1e9:.1f}GB"
+            f"{job.prune.method}: {math.ceil(need / 1e8) / 10}GB"
         )
     return chosen, task
 
@@ -147,6 +155,7 @@ class _Run:
     shelf: Shelf
     settings: Settings
     work: Workplace
+    stopping: Stopping
     measured: dict[str, PerplexityReport] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -164,7 +173,6 @@ class _Run:
         steps = len(self.shelf.layers) + depth * (2 * len(batches) + 1) + len(chosen)
         with (
             timed(self.seconds, "prune"),
-            on_sigterm() as stopping,
             evaluating(self.shelf.model),
             random_state(self.shelf.model),
             Bar(steps, "pruning", enabled=not job.voice.quiet) as bar,
@@ -172,13 +180,7 @@ class _Run:
             run = Streaming(
                 self.shelf, chosen, task, self.work, batches, self.settings.budget, say, bar.step
             )
-            try:
-                return run.run(stopping)
-            except OSError as error:
-                raise CheckpointError(
-                    f"{self.work.folder} could not be written: {error.strerror or error}; make room and "
-                    "give the same command again: it goes on behind the last finished block"
-                ) from error
+            return run.run(self.stopping)
 
     def _measure(self, name: str, source: Source, shelf: Shelf) -> None:
         """Perplexity of a checkpoint, or what an earlier run noted of it."""
@@ -236,6 +238,7 @@ class _Run:
         )
         if found.sparsity == 0:
             _, pattern = job.prune.built()
+            self.work.journal.discard()
             raise ConfigError(f"{pattern} removes no weight of any matrix; raise the sparsity")
         return found
 
@@ -243,14 +246,9 @@ class _Run:
         """Add report and card, and put the checkpoint in place."""
         job, folder = self.job, self.work.checkpoint
         card = hub.card(report, repo_id=job.push_to_hub, command=job.command())
-        try:
-            (folder / "README.md").write_text(card, encoding="utf-8")
-            (folder / "llmprune.json").write_text(report.to_json() + "\n", encoding="utf-8")
-            check_target(target, job.overwrite, 0, self.source.path)
-            put_in_place(folder, target, job.overwrite)
-        except OSError as error:
-            raise CheckpointError(
-                f"{target} could not be written: {error.strerror or error}"
-            ) from error
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        (folder / "llmprune.json").write_text(report.to_json() + "\n", encoding="utf-8")
+        check_target(target, job.overwrite, 0, self.source.path)
+        put_in_place(folder, target, job.overwrite)
         if job.save is not None:
             job.voice.say(f"saved to {target}, counts and pattern verified from the files")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import time
@@ -15,10 +14,11 @@ import torch
 
 from llmprune.calibration import Calibration
 from llmprune.checkpoint import fingerprint as prints
-from llmprune.checkpoint.journal import Journal
+from llmprune.checkpoint.journal import Journal, clear_finished
 from llmprune.checkpoint.shards import Shards
 from llmprune.checkpoint.shelf import Shelf
-from llmprune.checkpoint.target import size, unfinished
+from llmprune.checkpoint.target import resolve, size, unfinished
+from llmprune.checkpoint.target import settle as settle_target
 from llmprune.errors import CheckpointError
 from llmprune.memory import Budget
 from llmprune.provenance import versions
@@ -66,12 +66,17 @@ class Workplace:
         """The folder inside it that becomes the target."""
         return self.shards.folder
 
-    def abandon(self) -> None:
-        """Leave a run that did not finish: nothing stays of one that has no finished block."""
-        if any(name.startswith("block") for name in self.journal.steps):
+    def close(self) -> None:
+        """End a run: nothing stays of one that has no finished block, or whose result is in its place."""
+        if self.checkpoint.is_dir() and self.blocks:
             self.journal.close()
         else:
             self.journal.discard()
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks are finished."""
+        return sum(name.startswith("block") for name in self.journal.steps)
 
 
 def open_workplace(
@@ -92,26 +97,70 @@ def open_workplace(
         CheckpointError: when there is no room for the result, or another process is at work.
     """
     folder = unfinished(target)
+    shards = Shards(folder / "checkpoint", layout(shelf, settings.dtype), settings.max_shard_size)
     try:
         header = _header(folder, shelf, config, data, settings, progress)
         journal = Journal(folder, header, restart)
     except OSError as error:
         raise CheckpointError(f"cannot write to {folder}: {error.strerror or error}") from error
-    done = sum(name.startswith("block") for name in journal.steps)
-    if journal.resumed:
-        say(f"taking up the unfinished run in {folder} ({done} blocks finished)")
-    shards = Shards(folder / "checkpoint", layout(shelf, settings.dtype), settings.max_shard_size)
     work = Workplace(journal, shards)
     try:
-        shards.create()
-    except OSError as error:
-        work.abandon()
-        free = shutil.disk_usage(target.resolve().parent).free
-        raise CheckpointError(
-            f"{target} needs {size(shards.bytes)} and some more for hidden states, its disk has "
-            f"{size(free)} free ({error.strerror}); make room or choose another disk"
-        ) from error
+        for line in journal.damaged:
+            say(
+                f"line {line} of {folder / 'journal.jsonl'} is damaged: what it tells of is done again"
+            )
+        if journal.resumed:
+            say(f"taking up the unfinished run in {folder} ({work.blocks} blocks finished)")
+        _make_room(work, target, hidden_bytes(shelf, data))
+    except BaseException:
+        work.close()
+        raise
     return work
+
+
+def settle(target: Path) -> None:
+    """Clear what runs to `target` have left that died in their last moments."""
+    place = resolve(target)
+    settle_target(place)
+    folder = unfinished(target)
+    if place.exists() and not (folder / "checkpoint").exists():
+        clear_finished(folder)
+
+
+def hidden_bytes(shelf: Shelf, data: Calibration | None) -> int:
+    """Bytes that hidden states need on the disk: those that enter a block, and those that leave it."""
+    if data is None:
+        return 0
+    width = int(getattr(shelf.model.config.get_text_config(decoder=True), "hidden_size", 0))
+    return 2 * data.ids.numel() * width * next(shelf.layers.parameters()).element_size()
+
+
+def _make_room(work: Workplace, target: Path, hidden: int) -> None:
+    """Take the room for the output, once it is known that there is enough for hidden states as well.
+
+    Raises:
+        CheckpointError: with the figures.
+    """
+    folder, shards = work.folder, work.shards
+    for (
+        path
+    ) in folder.iterdir():  # of a run that was killed: temporary folders, a half-made generation
+        if path.is_dir() and path != shards.folder:
+            shutil.rmtree(path)
+    free = shutil.disk_usage(folder).free
+    here = sum(p.stat().st_blocks * 512 for p in folder.rglob("*") if p.is_file())
+    need, error = shards.bytes + hidden, None
+    if need <= free + here:
+        try:
+            shards.create()
+            return
+        except OSError as failed:
+            error = failed
+    why = f" ({error.strerror})" if error else ""
+    raise CheckpointError(
+        f"{target} needs {size(need - here)} ({size(hidden)} for hidden states while it is made), and its "
+        f"disk has {size(free)} free{why}; make room or choose another disk"
+    ) from error
 
 
 def layout(shelf: Shelf, dtype: str) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
@@ -144,12 +193,12 @@ def _header(
     paths = sorted({stored.file for stored in shelf.stored.values()})
     known = Journal.header(folder).get("aside", {}).get("files")
     found = prints.fingerprint(paths, known, progress=progress)
-    text = json.dumps(shelf.model.config.to_dict(), sort_keys=True, default=str)
+    plain = json.loads(json.dumps(shelf.model.config.to_dict(), default=str))
     return {
         "recipe": config.recipe(),
         "data": asdict(data.report()) if data else None,
         "model": {
-            "config": hashlib.sha256(text.encode()).hexdigest(),
+            "config": {k: v for k, v in plain.items() if k != "_name_or_path"},
             "files": prints.content(found),
         },
         "settings": {

@@ -44,7 +44,7 @@ def content(found: Mapping[str, Any]) -> dict[str, str]:
 def _entry(path: Path, known: Mapping[str, Any] | None) -> dict[str, Any]:
     real = path.resolve()
     stat = real.stat()
-    seen = {"size": stat.st_size, "time": stat.st_mtime_ns}
+    seen = {"size": stat.st_size, "time": stat.st_mtime_ns, "change": stat.st_ctime_ns}
     if known is not None and {k: known.get(k) for k in seen} == seen:
         return {**seen, "sha256": known["sha256"]}
     if _BLOB.fullmatch(real.name):

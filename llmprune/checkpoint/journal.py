@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ class Journal:
         folder: where the run keeps its files.
         steps: every finished step by name; a step redone later replaces the earlier one.
         resumed: whether an earlier run began it.
+        damaged: numbers of the lines that could not be read, from 1; a last one that was cut off is none.
     """
 
     def __init__(self, folder: Path, header: Mapping[str, Any], restart: bool) -> None:
@@ -37,33 +38,47 @@ class Journal:
             CheckpointError: when another process is at work there.
         """
         self.folder = folder
+        self._made = [p for p in (folder, *folder.parents) if not p.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = _locked(folder)
-        path = folder / _NAME
-        lines = _lines(path)
-        self.resumed = bool(lines) and not restart
-        if self.resumed and (found := _difference(lines[0], header)):
-            self._lock.close()
+        try:
+            self._open(header, restart)
+        except BaseException:
+            if self._made:  # nothing was here before
+                self.discard()
+            self.close()
+            raise
+
+    def _open(self, header: Mapping[str, Any], restart: bool) -> None:
+        lines, self.damaged = _lines(self.folder / _NAME)
+        self.resumed = bool(lines) and "step" not in lines[0] and not restart
+        if self.resumed and (found := difference(lines[0], header)):
             raise ConfigError(
-                f"{folder} holds an unfinished run with another {found}; give the same again to go on, "
-                "or --restart to discard it"
+                f"{self.folder} holds an unfinished run, and {found}; give the same command as then "
+                "to go on with it, or --restart to discard it"
             )
-        if not lines or restart:
-            _clear(folder)
+        if not self.resumed:
+            _clear(self.folder)
             lines = [dict(header)]
-            self._begin(path, lines[0])
-        else:  # drop what a crash cut off, so that the next line begins a line
-            _replace(path, lines)
+        self._header = lines[0]
         self.steps: dict[str, dict[str, Any]] = {str(s["step"]): s for s in lines[1:]}
+        self._rewrite()  # without what a crash cut off, so that the next line begins a line
 
     @staticmethod
     def header(folder: Path) -> dict[str, Any]:
         """The first line of the journal in `folder`, empty where there is none."""
-        lines = _lines(folder / _NAME)
+        lines, _ = _lines(folder / _NAME)
         return lines[0] if lines else {}
 
-    def _begin(self, path: Path, header: dict[str, Any]) -> None:
-        _replace(path, [header])
+    def _rewrite(self) -> None:
+        _replace(self.folder / _NAME, [self._header, *self.steps.values()])
+
+    def forget(self, steps: Collection[str]) -> None:
+        """Take back, durably, that `steps` are finished."""
+        if known := [step for step in steps if step in self.steps]:
+            for step in known:
+                del self.steps[step]
+            self._rewrite()
 
     def add(self, step: str, content: Mapping[str, Any]) -> None:
         """Note a finished step, durably."""
@@ -75,9 +90,12 @@ class Journal:
         self.steps[step] = entry
 
     def discard(self) -> None:
-        """Remove the run's folder: its result is elsewhere."""
+        """Remove the run's folder, with the folders made for it that are empty: its result is elsewhere."""
         self.close()
         shutil.rmtree(self.folder, ignore_errors=True)
+        with suppress(OSError):
+            for parent in self._made[1:]:  # nearest first; one that is not empty ends it
+                parent.rmdir()
 
     def close(self) -> None:
         """Let another process have the folder."""
@@ -107,17 +125,25 @@ def _line(entry: Mapping[str, Any]) -> bytes:
     return f"{hashlib.sha256(text.encode()).hexdigest()[:16]} {text}\n".encode()
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """Every whole line, up to the first that is not."""
+def _lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """Every whole line, and the numbers of those that are not; one that was cut off at the end is neither."""
     found: list[dict[str, Any]] = []
-    if not path.is_file():
-        return found
-    for raw in path.read_bytes().split(b"\n"):
+    damaged: list[int] = []
+    whole = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+    for number, raw in enumerate(whole, 1):
         checksum, _, text = raw.partition(b" ")
-        if not text or hashlib.sha256(text).hexdigest()[:16].encode() != checksum:
-            break
-        found.append(json.loads(text))
-    return found
+        if text and hashlib.sha256(text).hexdigest()[:16].encode() == checksum:
+            found.append(json.loads(text))
+        else:
+            damaged.append(number)
+    return found, damaged
+
+
+def clear_finished(folder: Path) -> None:
+    """Remove what a run has left that died between putting its result in place and removing `folder`."""
+    if folder.is_dir():
+        with suppress(CheckpointError), _locked(folder):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _replace(path: Path, lines: list[dict[str, Any]]) -> None:
@@ -144,17 +170,37 @@ def _clear(folder: Path) -> None:
             path.unlink()
 
 
-def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """The first entry that differs, as `sparsity: 0.5 then, 0.6 now`, or None.
+def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """The first entry that differs, in words (`sparsity was 0.5 then and is 0.6 now`), or None.
 
-    What stands under `aside` is not compared.
+    What a person has typed comes before what follows from it, and checksums come last. What stands under
+    `aside` is not compared.
     """
     old, new = (_flat({k: v for k, v in e.items() if k != "aside"}) for e in (before, now))
-    for key in sorted(old.keys() | new.keys()):
+    for key in sorted(old.keys() | new.keys(), key=_rank):
         if old.get(key) != new.get(key):
-            name = re.sub(r"^(recipe|settings)\.", "", key)
-            return f"{name}: {old.get(key, 'nothing')} then, {new.get(key, 'nothing')} now"
+            if key == _TOKENS:
+                return "the calibration text is not what it was then"
+            if key.startswith(_FILES):
+                return f"the weights in {key.removeprefix(_FILES)} are not what they were then"
+            name = key.partition(".")[2]
+            return f"{name} was {_short(old.get(key))} then and is {_short(new.get(key))} now"
     return None
+
+
+_ORDER = ("recipe", "data", "settings", "model", "versions")
+_TOKENS, _FILES = "data.fingerprint", "model.files."
+
+
+def _rank(key: str) -> tuple[int, bool, str]:
+    section = key.partition(".")[0]
+    place = _ORDER.index(section) if section in _ORDER else len(_ORDER)
+    return place, key == _TOKENS or key.startswith(_FILES), key
+
+
+def _short(value: Any) -> str:
+    text = "not set" if value is None else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _flat(entry: Any, prefix: str = "") -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Keep transformers from drawing a progress bar of its own for every block."""
+"""Keep transformers from drawing progress bars of its own."""
 
 from __future__ import annotations
 

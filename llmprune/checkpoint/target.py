@@ -94,7 +94,7 @@ def staged(target: Path, overwrite: bool) -> Iterator[Path]:
         OSError: when the folder cannot be made, flushed to disk or renamed.
     """
     place = resolve(target)
-    _settle(place)
+    settle(place)
     check_free(target, overwrite)
     missing = [p for p in place.parents if not p.exists()]
     staging = _beside(place, "partial")
@@ -180,7 +180,7 @@ def _promote(staging: Path, place: Path, overwrite: bool) -> None:
             shutil.rmtree(old, ignore_errors=True)
 
 
-def _settle(place: Path) -> None:
+def settle(place: Path) -> None:
     """Clear what dead processes left: half-written folders go, a moved-away original comes back."""
     if not place.parent.is_dir():
         return
