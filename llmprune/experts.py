@@ -114,7 +114,8 @@ def _probed(model: nn.Module, module: nn.Module, attribute: str) -> bool:
     if not found:
         raise ModelError(
             f"{type(module).__name__}.{attribute} {tuple(parameter.shape)} does not tell which side its "
-            "inputs are on; leave it out with --ignore"
+            "inputs are on, and no forward showed it; give its class an attribute is_transposed: True "
+            "for [experts, in, out], False for [experts, out, in]"
         )
     return found[0]
 

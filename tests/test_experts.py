@@ -22,7 +22,6 @@ from llmprune.checkpoint.save import check_saveable, expectations, save
 from llmprune.checkpoint.verify import verify_zeros
 from llmprune.cli import main
 from llmprune.errors import CheckpointError, ConfigError, ModelError, WalkError
-from llmprune.experts import refuse_flat
 from llmprune.methods import Scored, build
 from llmprune.methods.sparsegpt import SparseGPT
 from llmprune.methods.wanda import Wanda
@@ -266,14 +265,21 @@ def test_masks_and_sparsity_count_experts() -> None:
 
 
 def test_experts_in_one_flat_matrix_are_refused() -> None:
-    class DbrxLikeExperts(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.w1 = nn.Parameter(torch.ones(4 * 8, 16))
-            self.w1_bias = nn.Parameter(torch.ones(4, 8))
+    settings = {"d_model": 16, "n_heads": 2, "n_layers": 1, "max_seq_len": 64, "vocab_size": 64}
+    config = transformers.DbrxConfig(
+        **settings,
+        attn_config={"kv_n_heads": 1, "rope_theta": 1e4},
+        ffn_config={"ffn_hidden_size": 24, "moe_num_experts": 4, "hidden_size": 16},
+    )
+    with pytest.raises(ModelError, match=r"DbrxExpertGLU holds .* one matrix .*mlp\.w1.*--targets"):
+        matrices(transformers.DbrxForCausalLM(config))
 
-    with pytest.raises(ModelError, match=r"DbrxLikeExperts holds .* one matrix \(0\.w1\)"):
-        refuse_flat(nn.ModuleList([DbrxLikeExperts()]))
+
+def test_a_convolution_is_no_expert() -> None:
+    model = family("jamba")
+    convolution = "model.layers.0.mamba.conv1d"
+    assert model.get_parameter(f"{convolution}.weight").dim() == 3
+    assert not any(name.startswith(convolution) for name in named(model))
 
 
 # What enters each expert
