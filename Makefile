@@ -2,6 +2,7 @@
 # make test    the same, then every test
 # make check   formatting, lint, types, tests: what has to pass before a commit
 # make format  put the formatting right
+# make families  prune every family that transformers knows, tiny, and write docs/families.md
 # make wheel   build the wheel into dist/
 # make clean   remove what was built; the environment .venv stays
 #
@@ -16,7 +17,7 @@ stamp := .venv/.installed-$(subst $(comma),-,$(EXTRAS))
 python := .venv/bin/python
 
 .DELETE_ON_ERROR:
-.PHONY: demo test check lint types format wheel clean
+.PHONY: demo test check lint types format families wheel clean
 
 demo: $(stamp)
 	.venv/bin/python -m llmprune --model demo --sparsity 0.6 --method sparsegpt
@@ -37,6 +38,9 @@ types: $(stamp)
 format: $(stamp)
 	$(python) -m ruff format .
 	$(python) -m ruff check --fix .
+
+families: $(stamp)
+	$(python) tests/families.py
 
 wheel: $(stamp)
 	$(python) -m build --wheel

@@ -261,5 +261,5 @@ def tokenizer(source: Source) -> Any:
         return AutoTokenizer.from_pretrained(
             source.path, trust_remote_code=source.trust_remote_code, revision=source.revision
         )
-    except (OSError, ValueError, KeyError, ImportError):
+    except (OSError, ValueError, KeyError, ImportError, TypeError):  # TypeError: no vocabulary file
         return None  # calibration text then asks for one by name; ids need none

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from llmprune.checkpoint.shelf import Shelf
 from llmprune.errors import WalkError
 from llmprune.model import blocks
-from llmprune.walk import Walker, hidden_state, restore_forward, without_tensors
+from llmprune.walk import Walker, hidden_state, restore_forward, template, without_tensors
 
 
 def check_walk(
@@ -81,6 +81,10 @@ class _Check:
                 own = block.__dict__.get("forward")
                 block.forward = self._at(i, block.forward)
                 restore.callback(restore_forward, block, own)
+            get_head: Any = getattr(self.twin, "get_output_embeddings", lambda: None)
+            if isinstance(head := get_head(), nn.Module):  # not loaded, or a few rows of it
+                restore.callback(restore_forward, head, head.__dict__.get("forward"))
+                head.forward = lambda hidden, *args, **kwargs: hidden
             yield
 
     def _at(self, index: int, inner: Callable[..., Any]) -> Callable[..., Any]:
@@ -104,14 +108,20 @@ class _Check:
     def _compare(self, index: int, out: Any) -> None:
         """Run the block alone on both windows; `out` is what it returned in the plain forward."""
         if not isinstance(out, Tensor):
-            self.walker.extras[index] = without_tensors(type(out)([None, *out[1:]]))
+            self.walker.extras[index] = without_tensors(template(out))
         first = self._hidden[0]
         self._hidden[0] = self.walker.checked(self.single, index, 0, first, hidden_state(out))
         self._hidden[1] = self.single.run(index, 1, self._hidden[1])
 
     def _share(self, index: int) -> None:
         """Let the twin's block hold the parameters that the model's own now holds."""
-        pairs = zip(self.shelf.layers[index].modules(), self.twins[index].modules(), strict=True)
-        for mine, theirs in pairs:
+        mine_all = list(self.shelf.layers[index].modules())
+        theirs_all = list(self.twins[index].modules())
+        if len(mine_all) != len(theirs_all):
+            name = type(self.walker.model).__name__
+            raise WalkError(
+                f"block {index} of {name} has other modules after a forward than before"
+            )
+        for mine, theirs in zip(mine_all, theirs_all, strict=True):
             theirs._parameters = dict(mine._parameters)
             theirs._buffers = dict(mine._buffers)

@@ -19,6 +19,11 @@ from torch import Tensor, nn
 from llmprune import experts
 from llmprune.errors import ConfigError, DataError, ModelError
 
+# Where a config says how deep the decoder is; in a decoder that was cut from an encoder-decoder,
+# `num_hidden_layers` is the encoder's. Longcat counts two halves of each block there.
+_DEPTHS = ("decoder_layers", "num_decoder_layers", "num_hidden_layers", "num_layers")
+_SENSES = ("vision", "image", "visual", "audio", "speech")  # encoders beside the language model
+
 
 @dataclass(frozen=True)
 class Matrix:
@@ -102,18 +107,22 @@ def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
             f"{type(model).__name__} has no config; llmprune takes transformers models"
         )
     text = config.get_text_config(decoder=True)
-    depth = getattr(text, "num_hidden_layers", None)
+    depths = [d for key in _DEPTHS if isinstance(d := getattr(text, key, None), int) and d]
     get_decoder: Any = getattr(model, "get_decoder", lambda: model)
     decoder = get_decoder()
-    for root in (decoder, model):
-        if not isinstance(root, nn.Module):
-            continue
-        for _, module in root.named_modules():
-            if isinstance(module, nn.ModuleList) and len(module) == depth and depth:
-                name = next(n for n, m in model.named_modules() if m is module)
-                return name, module
+    for depth in depths:
+        for root in (decoder, model):
+            if not isinstance(root, nn.Module):
+                continue
+            for within, module in root.named_modules():
+                if not isinstance(module, nn.ModuleList) or len(module) != depth:
+                    continue
+                if not any(sense in within for sense in _SENSES):
+                    name = next(n for n, m in model.named_modules() if m is module)
+                    return name, module
+    deep = " or ".join(map(str, dict.fromkeys(depths))) or "decoder"
     raise ModelError(
-        f"{type(model).__name__} has no list of {depth} decoder blocks; llmprune prunes decoder-only "
+        f"{type(model).__name__} has no list of {deep} blocks; llmprune prunes decoder-only "
         "language models"
     )
 

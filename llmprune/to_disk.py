@@ -27,7 +27,7 @@ from llmprune.checkpoint.skeleton import open_shelf
 from llmprune.checkpoint.target import put_in_place
 from llmprune.checkpoint.tensors import raw
 from llmprune.deliver import check_layout
-from llmprune.errors import CheckpointError, ConfigError
+from llmprune.errors import CheckpointError, ConfigError, WalkError
 from llmprune.loading import Source
 from llmprune.memory import budget, fits, least, parse_size
 from llmprune.model import Matrix, check_vocabulary, matrices
@@ -117,6 +117,9 @@ def _to_target(
 def _chosen(job: Job, shelf: Shelf, settings: Settings) -> tuple[list[Matrix], Task]:
     """The matrices to prune, once it is known that they can be, and what to do to them."""
     method, pattern = job.prune.built()
+    for shared, source in shelf.tied.items():
+        if shared.startswith(f"{shelf.prefix}."):
+            raise WalkError(f"{shared} is {source} too, so blocks cannot be pruned one at a time")
     chosen = matrices(shelf.model, job.prune.targets, job.prune.ignore)
     check_fit(chosen, pattern, job.prune.ragged)
     check_layout(shelf, chosen)

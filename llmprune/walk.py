@@ -150,18 +150,15 @@ class Walker:
                     f"block {i} of {type(self.model).__name__} runs {len(calls)} times in a forward"
                 )
         plain = [[calls[-1] for calls in run] for run in runs]
-        self.extras = [
-            None if isinstance(out, Tensor) else type(out)([None, *out[1:]]) for out in plain[0]
-        ]
+        self.extras = [without_tensors(template(out)) for out in plain[0]]
         hidden: list[Tensor | None] = [None, None]
         single = Walker(self.model, self.layers, windows)
+        single.extras = (
+            self.extras
+        )  # as in the walk: a tensor that the next block needs is missed here
         for i in range(len(self.layers)):
             for w in range(2):
-                template = plain[w][max(0, i - 1)]
-                if not isinstance(template, Tensor):
-                    single.extras[max(0, i - 1)] = type(template)([None, *template[1:]])
                 hidden[w] = self.checked(single, i, w, hidden[w], hidden_state(plain[w][i]))
-        self.extras = [without_tensors(e) for e in self.extras]
 
     def two_windows(self) -> list[Tensor]:
         """Two windows [1, seqlen] that differ, for the self-check."""
@@ -208,6 +205,19 @@ class Walker:
 def same(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are equal bit for bit, NaN equal to NaN."""
     return torch.equal(a, b) or torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+def template(output: Any) -> Any:
+    """The container that a block returns its hidden state in, without it; None for a bare tensor.
+
+    Raises:
+        WalkError: for a container that cannot be made anew around another hidden state.
+    """
+    if isinstance(output, Tensor):
+        return None
+    if type(output) not in (tuple, list):
+        raise WalkError(f"a block returns a {type(output).__name__}, which cannot be made anew")
+    return type(output)([None, *output[1:]])
 
 
 def without_tensors(template: Any) -> Any:

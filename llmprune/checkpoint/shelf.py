@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from llmprune.checkpoint import tensors
 from llmprune.checkpoint.quiet import quiet
 from llmprune.checkpoint.tensors import Stored
-from llmprune.errors import ModelError
+from llmprune.errors import ModelError, WalkError
 from llmprune.model import blocks
 
 if TYPE_CHECKING:
@@ -195,7 +195,13 @@ class Shelf:
         table = used.to(self.device)
 
         def translate(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            return (torch.searchsorted(table, args[0].to(table.device)), *args[1:])
+            ids = args[0].to(table.device)
+            rows = torch.searchsorted(table, ids).clamp_(max=len(table) - 1)
+            if not torch.equal(table[rows], ids):
+                raise WalkError(
+                    f"{type(self.model).__name__} looks up embeddings of ids that are not in the windows"
+                )
+            return (rows, *args[1:])
 
         self._hook = embedding.register_forward_pre_hook(translate)
 
