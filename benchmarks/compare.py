@@ -172,7 +172,7 @@ def _floor(model: Any, ids: Any, method: str, pattern: str) -> None:
     """Two plain forward passes over the windows, at the batch size that llmprune uses."""
     import torch
 
-    from llmprune.run import default_batch
+    from llmprune.memory import default_batch
 
     with torch.no_grad():
         for _ in range(2):

@@ -19,8 +19,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import llmprune
+from llmprune.memory import default_batch
 from llmprune.provenance import versions
-from llmprune.run import default_batch
 
 CASES = (("wanda", "0.5"), ("wanda", "2:4"), ("sparsegpt", "0.5"), ("sparsegpt", "2:4"))
 

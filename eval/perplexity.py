@@ -101,7 +101,7 @@ def perplexity(
     if batch_size is None:
         batch_size = max(1, BATCH_TOKENS // seqlen)
     start = time.perf_counter()
-    found = (losses or _losses)(model, windows, batch_size, progress)
+    found = (losses or model_losses)(model, windows, batch_size, progress)
     seconds = time.perf_counter() - start
     value, error = _mean_and_error(found)
     return PerplexityReport(
@@ -141,7 +141,7 @@ def _check_vocabulary(model: Any, windows: Tensor, dataset: str) -> None:
         )
 
 
-def _losses(model: Any, windows: Tensor, batch_size: int, progress: bool) -> Tensor:
+def model_losses(model: Any, windows: Tensor, batch_size: int, progress: bool) -> Tensor:
     """Mean next-token loss of each window: [n] float32 on the CPU, all finite."""
     device = model.get_input_embeddings().weight.device
     losses: list[Tensor] = []

@@ -35,8 +35,11 @@ class Activations:
         batches: int,
         rooms: Sequence[tuple[torch.device, int]],
         device: torch.device,
+        name: str = "hidden",
     ) -> None:
+        """`name` begins those of the files."""
         self.folder = folder
+        self.name = name
         self.rooms = rooms
         self.device = device
         self._kept: list[Tensor | None] = [None] * batches
@@ -82,7 +85,7 @@ class Activations:
 
     def begin(self, block: int) -> None:
         """Output of block `block` follows."""
-        self._next = _Generation(self.folder / f"hidden-{block:05d}.bin")
+        self._next = _Generation(self.folder / f"{self.name}-{block:05d}.bin")
 
     def commit(self) -> dict[str, Any]:
         """Wait until the new generation is on the disk; returns what `restore` needs."""
@@ -100,7 +103,7 @@ class Activations:
 
     def forget_old(self) -> None:
         """Remove the generation before, once the journal knows of the new one."""
-        for path in self.folder.glob("hidden-*.bin"):
+        for path in self.folder.glob(f"{self.name}-*.bin"):
             if path != self._file:
                 with suppress(FileNotFoundError):
                     path.unlink()

@@ -8,11 +8,13 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from llmprune.errors import ConfigError, LLMPruneError, Stopped, nearest
+from llmprune.errors import ConfigError, Echoed, LLMPruneError, Lost, Stopped, nearest
 from llmprune.options import eval_parser, parser_for, prune_parser
+from llmprune.parallel import joined, started
 
 if TYPE_CHECKING:
     from llmprune.choices import ModelChoice, Voice
+    from llmprune.parallel import Ranks
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 TERMINATED = 143  # 128 + SIGTERM
@@ -43,11 +45,18 @@ def main(argv: Sequence[str]) -> int:
     except LLMPruneError as error:
         print(f"llmprune: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except Lost as lost:
+        print(f"llmprune: error: {lost}; {_left(argv)}", file=sys.stderr)
+        return 2
+    except Echoed:
+        return 2
     except Stopped as stop:
-        print(f"llmprune: {stop}", file=sys.stderr)
+        if started().leads:
+            print(f"llmprune: {stop}", file=sys.stderr)
         return TERMINATED
     except KeyboardInterrupt:
-        print(f"llmprune: interrupted; {_left(argv)}", file=sys.stderr)
+        if started().leads:
+            print(f"llmprune: interrupted; {_left(argv)}", file=sys.stderr)
         return INTERRUPTED
 
 
@@ -77,13 +86,24 @@ def _voice(args: argparse.Namespace) -> Voice:
     return Voice(as_json=args.json, quiet=args.quiet, log_file=args.log_file)
 
 
+def _silence() -> Voice:
+    from llmprune.choices import Voice
+
+    return Voice(quiet=True)
+
+
 def _prune(argv: Sequence[str]) -> int:
+    with joined() as ranks:
+        return _prune_with(argv, ranks)
+
+
+def _prune_with(argv: Sequence[str], ranks: Ranks) -> int:
     args = prune_parser().parse_args(argv)
     from llmprune.job import run
     from llmprune.order import Job
     from llmprune.run import PruneConfig
 
-    voice, choice = _voice(args), _choice(args)
+    voice, choice = _voice(args) if ranks.leads else _silence(), _choice(args)
 
     config = PruneConfig(
         sparsity=args.sparsity,
@@ -100,6 +120,7 @@ def _prune(argv: Sequence[str]) -> int:
         seed=args.seed,
         batch_size=args.batch_size,
         calibrate_all_experts=args.calibrate_all_experts,
+        sums=args.sums,
     )
     run(
         Job(
@@ -117,6 +138,7 @@ def _prune(argv: Sequence[str]) -> int:
             eval_dataset=args.eval_dataset,
             evaluate=not args.no_eval,
             argv=tuple(argv),
+            ranks=ranks,
         )
     )
     return 0

@@ -41,6 +41,14 @@ class Stopped(BaseException):
     """Not an error, as KeyboardInterrupt is none: the run was asked to stop (SIGTERM) and has."""
 
 
+class Lost(Exception):
+    """Another process of a run of several has ended without a word."""
+
+
+class Echoed(Exception):
+    """A process ends because another one has, which says why."""
+
+
 def nearest(name: str, known: "list[str] | tuple[str, ...]") -> str:
     """A hint for a mistyped `name`: `did you mean 'wanda'? Known: magnitude, sparsegpt, wanda`."""
     from difflib import get_close_matches

@@ -10,10 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from llmprune import hub, loading, plot
 from llmprune.calibration import Calibration, window
 from llmprune.checkpoint.save import check_target
-from llmprune.errors import DataError, WalkError
+from llmprune.errors import ConfigError, DataError, WalkError
 from llmprune.eval import perplexity as measure
 from llmprune.in_memory import run_in_memory
 from llmprune.loading import Source
@@ -31,14 +33,16 @@ def run(job: Job) -> Report:
     Raises:
         LLMPruneError: one of its kinds, with a message that says what would work.
     """
-    job = _with_target(job)
+    job = _with_own_device(_with_target(job))
     say = job.voice.say
     source, target = _check(job), job.save
     tokenizer = loading.tokenizer(source)
     job = _with_calibration(job, source, tokenizer)
-    text = _eval_text(job, source, tokenizer)
+    text = job.ranks.tell(_eval_text(job, source, tokenizer) if job.ranks.leads else None)
 
     report = _pruned(job, source, tokenizer, text)
+    if not job.ranks.leads:
+        return report
     if job.plot is not None:
         plot.plot(report, job.plot)
     job.voice.result(report.table(), report.as_dict())
@@ -54,6 +58,29 @@ def _with_target(job: Job) -> Job:
     return job
 
 
+def _with_own_device(job: Job) -> Job:
+    """Of several processes on a machine, each computes on the GPU of its own number, where there are some."""
+    ranks, device = job.ranks, job.choice.device
+    if ranks.world == 1:
+        return job
+    where = loading.check_choice(job.choice.dtype, device)
+    if where.type != "cuda":
+        return job
+    if where.index is not None:
+        raise ConfigError(
+            f"--device {device} would put {ranks.world} processes on one GPU; leave it out, and each "
+            "takes its own"
+        )
+    count = torch.cuda.device_count()
+    if ranks.local >= count:
+        raise ConfigError(
+            f"process {ranks.local} of this machine has no GPU: there are {count}; start as many "
+            "processes, or use --device cpu"
+        )
+    torch.cuda.set_device(ranks.local)
+    return replace(job, choice=replace(job.choice, device=f"cuda:{ranks.local}"))
+
+
 def _check(job: Job) -> Source:
     """Everything that can be refused before data or weights are read."""
     job.voice.check()
@@ -62,7 +89,7 @@ def _check(job: Job) -> Source:
     if job.save is not None:
         settle(job.save)
         check_target(job.save, job.overwrite, 0)
-    if job.push_to_hub is not None:
+    if job.push_to_hub is not None and job.ranks.leads:
         hub.check_push(job.push_to_hub)
     source = job.choice.check()
     if job.save is not None:
@@ -75,7 +102,11 @@ def _with_calibration(job: Job, source: Source, tokenizer: Any) -> Job:
     method, _ = job.prune.built()
     if not method.stats.needs_data:
         return job
-    data = calibrate(job.prune, max_seqlen(source.config), tokenizer, progress=not job.voice.quiet)
+    data = job.ranks.tell(
+        calibrate(job.prune, max_seqlen(source.config), tokenizer, progress=not job.voice.quiet)
+        if job.ranks.leads
+        else None
+    )
     config = replace(job.prune, calibration=data, samples=None, seqlen=None)
     return replace(job, prune=config)
 
@@ -106,6 +137,8 @@ def _pruned(job: Job, source: Source, tokenizer: Any, text: Text | None) -> Repo
     try:
         report = run_to_disk(job, source, tokenizer, text)
     except WalkError as error:
+        if job.ranks.world > 1:
+            raise WalkError(f"{error}; one process, without torchrun, may do it") from error
         if job.max_memory is not None:
             raise
         job.voice.say(f"the whole model is loaded, and the run cannot be taken up again: {error}")

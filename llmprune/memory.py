@@ -14,6 +14,9 @@ from llmprune.errors import ConfigError
 from llmprune.methods.base import Method
 from llmprune.model import Matrix
 
+TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 8192}
+"""Default batch. On two CPU cores 1024 tokens take a fifth less time than 4096 (a block's intermediate
+results stay in the cache); the number for CUDA is not measured yet."""
 SLACK = 2**30  # python, torch, the libraries and one matrix's working copies
 
 
@@ -30,8 +33,10 @@ class Budget:
     device: int
 
 
-def budget(text: str | None, device: torch.device) -> Budget:
+def budget(text: str | None, device: torch.device, processes: int = 1) -> Budget:
     """What `--max-memory` allows: `20GB` of main memory, or `0=40GB,cpu=100GB`; None is what is free.
+
+    Main memory is shared by the `processes` of a run on this machine; of a GPU's, each has its own.
 
     Raises:
         ConfigError: for a text that is no such thing.
@@ -39,7 +44,7 @@ def budget(text: str | None, device: torch.device) -> Budget:
     from accelerate.utils import get_max_memory
 
     free = get_max_memory()
-    memory = int(free.get("cpu", 2**62))
+    memory = int(free.get("cpu", 2**62)) // processes
     own = int(free.get(device.index or 0, 2**62)) if device.type == "cuda" else memory
     for part in (text or "").split(","):
         if not part.strip():
@@ -47,6 +52,7 @@ def budget(text: str | None, device: torch.device) -> Budget:
         name, equals, amount = part.rpartition("=")
         size = parse_size(amount, "--max-memory")
         if not equals or name.strip() == "cpu":
+            size //= processes
             memory = size
             own = size if device.type != "cuda" else own
         elif name.strip() == str(device.index or 0) and device.type == "cuda":
@@ -115,3 +121,8 @@ def least(blocks: Sequence[nn.Module], chosen: Sequence[Matrix], method: Method[
 def fits(model: nn.Module, budget: Budget) -> bool:
     """Whether the whole model may be in memory, with a little to work in."""
     return of_model(model) * 1.1 + 2**28 <= budget.device
+
+
+def default_batch(device: torch.device, seqlen: int) -> int:
+    """Windows at once on `device` when the user does not say."""
+    return max(1, TOKENS_AT_ONCE.get(device.type, 1024) // seqlen)

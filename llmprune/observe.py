@@ -5,27 +5,63 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llmprune.errors import ConfigError, WalkError
+from llmprune.errors import ConfigError, NumericalError, WalkError
 from llmprune.experts import check_signature
 from llmprune.methods.base import Method
 from llmprune.model import Matrix
+from llmprune.parallel import ALONE, Ranks
 from llmprune.stats import InputSample, Stats
 from llmprune.watch import watching
 
 
 @dataclass
 class Observed:
-    """One distinct input of a block and the matrices that read it."""
+    """One distinct input of a block and the matrices that read it.
+
+    Attributes:
+        stats: what the method learns of it.
+        sample: a few of its tokens.
+        readers: the matrices.
+        wide: float64 sums that take the place of those in `stats` until `ready`; none to sum in float32.
+    """
 
     stats: Stats
     sample: InputSample
     readers: list[Matrix]
+    wide: list[Tensor] = field(default_factory=list)
+
+    def add(self, x: Tensor) -> None:
+        """Add a batch [..., features]."""
+        self.stats.add(x)
+        self.sample.add(x)
+        if self.wide:
+            for total, part in zip(self.wide, self.stats.parts(), strict=True):
+                total += part
+                part.zero_()
+
+    def sums(self) -> list[Tensor]:
+        """What is to be added up over processes, in place."""
+        return self.wide or self.stats.parts()
+
+    def ready(self) -> None:
+        """Round float64 sums to float32, once: in which order they were added no longer shows.
+
+        Raises:
+            NumericalError: when a NaN or Inf has reached the sums.
+        """
+        if self.wide:
+            for total, part in zip(self.wide, self.stats.parts(), strict=True):
+                part.copy_(total)
+            self.wide = []
+        if not self.stats.finite():
+            names = ", ".join(m.name for m in self.readers)
+            raise NumericalError(f"NaN or Inf in the activations that enter {names}")
 
 
 class Observer:
@@ -40,11 +76,18 @@ class Observer:
         tokens: int,
         device: torch.device,
         all_experts: bool = False,
+        *,
+        wide: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
+        """`tokens` of the batches to come; `wide` to sum in float64; `ranks` see other batches each."""
         self.method = method
         self.all_experts = all_experts
-        self.tokens = tokens
         self.device = device
+        self.wide = wide
+        self.ranks = ranks
+        seen = ranks.gather(tokens)
+        self.tokens, self._first = sum(seen), sum(seen[: ranks.rank])
         self.inputs: list[Observed] = []
         self._of: dict[str, Observed] = {}  # matrix name -> its input
         self._fresh: list[tuple[weakref.ref[Tensor], int, Observed]] = []  # inputs of this forward
@@ -74,6 +117,43 @@ class Observer:
         self._fresh.clear()
         while self.inputs:
             yield self.inputs.pop(0)
+
+    def merge(self, matrices: Sequence[Matrix]) -> None:
+        """Give every rank the inputs that any of them saw of `matrices`, in one order, but not yet the sums.
+
+        A rank may have sent no token to some expert.
+
+        Raises:
+            WalkError: when matrices share an input on one rank and not on another.
+        """
+        if self.ranks.world == 1:
+            return
+        held = {m.name: m for m in matrices}
+        mine = {tuple(m.name for m in o.readers): o for o in self.inputs}
+        told = self.ranks.gather({key: _told(seen) for key, seen in mine.items()})
+        merged = {key: mine.get(key) for known in told for key in known}
+        readers = [name for key in merged for name in key]
+        if len(readers) > len(set(readers)):
+            name = next(n for n in readers if readers.count(n) > 1)
+            raise _unshared(name, "one process and not in another")
+        self.inputs = []
+        for key, known in merged.items():
+            seen = known or self._new([held[name] for name in key])
+            parts = [of[key] for of in told if key in of]
+            seen.stats.tokens = sum(tokens for tokens, _ in parts)
+            rows = [row.to(self.device) for _, some in parts for row in some]
+            seen.sample.replace(rows, seen.stats.tokens)
+            if known is not None:
+                self.inputs.append(seen)
+
+    def _new(self, readers: list[Matrix]) -> Observed:
+        """An input that was not seen before."""
+        stats = self.method.stats.empty(readers[0].shape[1], self.device)
+        wide = [torch.zeros_like(p, dtype=torch.float64) for p in stats.parts() if self.wide]
+        seen = Observed(stats, InputSample.of(self.tokens, self._first), readers, wide)
+        self.inputs.append(seen)
+        self._of.update(dict.fromkeys((m.name for m in readers), seen))
+        return seen
 
     def unreached(self, matrices: Sequence[Matrix]) -> list[Matrix]:
         """Those of `matrices` that no token has reached: experts that no token was routed to.
@@ -122,18 +202,12 @@ class Observer:
         if mine is not None and same is mine:
             return  # counted already in this forward
         if mine is None:
-            features = matrix.shape[1]
-            stats = self.method.stats.empty(features, self.device)
-            mine = Observed(stats, InputSample.of(self.tokens), [matrix])
-            self.inputs.append(mine)
-            self._of[matrix.name] = mine
+            mine = self._new([matrix])
         elif mine.readers[0] is not matrix:
-            raise WalkError(
-                f"{matrix.name} shared its input with {mine.readers[0].name} in one batch and not in "
-                "another; statistics cannot be shared"
+            raise _unshared(
+                matrix.name, f"one batch (with {mine.readers[0].name}) and not in another"
             )
-        mine.stats.add(x)
-        mine.sample.add(x)
+        mine.add(x)
         self._fresh.append((weakref.ref(x), _version(x), mine))
 
 
@@ -155,6 +229,15 @@ def check_floodable(chosen: Sequence[Matrix]) -> None:
                 "whose inputs its router decides; leave the option out"
             )
         check_signature(matrix.module)
+
+
+def _told(seen: Observed) -> tuple[int, list[Tensor]]:
+    """What other processes must know of an input beside its sums: tokens, and the sample of them."""
+    return seen.stats.tokens, [rows.cpu() for rows in seen.sample.rows]
+
+
+def _unshared(name: str, where: str) -> WalkError:
+    return WalkError(f"{name} shared its input in {where}; statistics cannot be shared")
 
 
 def _version(x: Tensor) -> int:

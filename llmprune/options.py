@@ -139,6 +139,12 @@ def _calibration_options(parser: argparse.ArgumentParser) -> None:
         help="mixtures of experts: let every expert learn from all tokens, not only from those that "
         "its router sends it (the model's outputs stay the routed ones)",
     )
+    group.add_argument(
+        "--sums",
+        choices=("float32", "float64"),
+        default="float32",
+        help="sum statistics in; float64 gives the same masks on any number of processes (float32)",
+    )
 
 
 def _result_options(parser: argparse.ArgumentParser) -> None:

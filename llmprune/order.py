@@ -11,13 +11,14 @@ from torch import Tensor
 
 from llmprune.choices import ModelChoice, Voice
 from llmprune.eval import perplexity as measure
+from llmprune.parallel import ALONE, Ranks
 from llmprune.report import PerplexityReport
 from llmprune.run import PruneConfig
 
 
 @dataclass(frozen=True)
 class Job:
-    """One pruning run; the fields are the options of `python -m llmprune`."""
+    """One pruning run; the fields are the options of `python -m llmprune`, and the processes that do it."""
 
     choice: ModelChoice
     prune: PruneConfig
@@ -33,6 +34,7 @@ class Job:
     eval_dataset: str | None = None
     evaluate: bool = True
     argv: tuple[str, ...] = ()
+    ranks: Ranks = ALONE
 
     def command(self) -> str:
         """The command line that does this run again, the way the user typed it."""

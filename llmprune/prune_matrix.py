@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,12 +30,14 @@ class Task:
         pattern: what may go, its comparison group decided.
         ragged: leave a matrix dense whose rows the pattern does not divide, instead of refusing.
         all_experts: let every expert learn from all tokens, not from those that are routed to it.
+        wide: sum statistics in float64.
     """
 
     method: Method[Any]
     pattern: Pattern
     ragged: bool = False
     all_experts: bool = False
+    wide: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,12 +65,21 @@ class Done:
             weight[self.where[:, 0], self.where[:, 1]] = self.final
 
 
+Solve = Callable[[Sequence[Tensor], Any, Pattern], Iterator[Pruned]]
+"""Prunes weights [out, in] that read one input, with its statistics: `Method.prune_together`."""
+
+
 def prune_matrices(
-    matrices: Sequence[Matrix], stats: Stats, sample: InputSample | None, task: Task
+    matrices: Sequence[Matrix],
+    stats: Stats,
+    sample: InputSample | None,
+    task: Task,
+    solve: Solve | None = None,
 ) -> Iterator[Done]:
     """Prune matrices that read one input, in place, and check what came out; `Done.settle` completes it.
 
-    The method may solve several as one; the seconds are then in the report of the first.
+    The method may solve several as one; the seconds are then in the report of the first. `solve` takes
+    the place of the method where several processes share its work.
 
     Raises:
         ModelError: rows that the pattern does not divide, unless they are left dense.
@@ -79,7 +90,8 @@ def prune_matrices(
         yield from (_left_dense(matrix, stats, sample, task) for matrix in matrices)
         return
     task, known = _able(matrices, stats, task)
-    results = task.method.prune_together([m.weight for m in matrices], known, task.pattern)
+    solve = solve or task.method.prune_together
+    results = solve([m.weight for m in matrices], known, task.pattern)
     for matrix in matrices:
         begun = time.perf_counter()
         try:

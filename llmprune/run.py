@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from llmprune import calibration as calibrations
 from llmprune import methods
 from llmprune.calibration import Calibration
 from llmprune.errors import ConfigError
+from llmprune.memory import default_batch
 from llmprune.methods.base import Method
 from llmprune.model import (
     Matrix,
@@ -39,10 +39,6 @@ from llmprune.sweep import prune_blocks
 from llmprune.walk import Walker
 from llmprune.whole import checked_walker
 
-TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 8192}
-"""Default batch. On two CPU cores 1024 tokens take a fifth less time than 4096 (a block's intermediate
-results stay in the cache); the number for CUDA is not measured yet."""
-
 
 @dataclass(frozen=True)
 class PruneConfig:
@@ -63,6 +59,7 @@ class PruneConfig:
         seed: of the choice of windows.
         batch_size: windows at once; None fits the device. Does not change results beyond rounding.
         calibrate_all_experts: every expert learns from all tokens, not from those routed to it.
+        sums: float32, or float64 at three times the memory, rounded once: see `--help`.
     """
 
     sparsity: float | str | Pattern = 0.5
@@ -79,11 +76,14 @@ class PruneConfig:
     seed: int = 0
     batch_size: int | None = None
     calibrate_all_experts: bool = False
+    sums: Literal["float32", "float64"] = "float32"
 
     def __post_init__(self) -> None:
         self.built()
         if self.ragged not in ("error", "dense"):
             raise ConfigError(f"ragged is error or dense, got {self.ragged!r}")
+        if self.sums not in ("float32", "float64"):
+            raise ConfigError(f"sums is float32 or float64, got {self.sums!r}")
         for name in ("samples", "seqlen", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < (2 if name == "seqlen" else 1):
@@ -101,6 +101,11 @@ class PruneConfig:
         pattern = method.resolve(parse(self.sparsity, self.within))
         return method, pattern
 
+    def task(self) -> Task:
+        """What these settings do to every matrix."""
+        flood, wide = self.calibrate_all_experts, self.sums == "float64"
+        return Task(*self.built(), self.ragged == "dense", flood, wide)
+
     def recipe(self) -> dict[str, Any]:
         """The settings as plain JSON types, with defaults spelled out."""
         method, pattern = self.built()
@@ -115,6 +120,7 @@ class PruneConfig:
             "text_column": self.text_column,
             "batch_size": self.batch_size,
             "calibrate_all_experts": self.calibrate_all_experts,
+            "sums": self.sums,
         }
 
 
@@ -136,6 +142,7 @@ def prune(
     seed: int = 0,
     batch_size: int | None = None,
     calibrate_all_experts: bool = False,
+    sums: Literal["float32", "float64"] = "float32",
     progress: bool = True,
 ) -> Report:
     """Prune a causal language model of transformers, in place.
@@ -161,6 +168,7 @@ def prune(
         seed: of the choice of windows.
         batch_size: windows at once.
         calibrate_all_experts: every expert learns from all tokens.
+        sums: float32 or float64, which statistics are summed in.
         progress: show a progress bar on stderr.
 
     Returns:
@@ -185,6 +193,7 @@ def prune(
         seed=seed,
         batch_size=batch_size,
         calibrate_all_experts=calibrate_all_experts,
+        sums=sums,
     )
     return prune_with(config, model, tokenizer, progress=progress)
 
@@ -220,7 +229,7 @@ def prune_with(
         say(f"{config.method} looks at the weights alone: no calibration data is read")
     begun = time.perf_counter()
     layers: list[LayerReport] = []
-    task = Task(method, pattern, config.ragged == "dense", config.calibrate_all_experts)
+    task = config.task()
     with evaluating(model), random_state(model):
         walker = _walker(model, data, config, say) if data else None
         for matrix, report, keep in _pruned(walker, chosen, task, progress):
@@ -264,11 +273,6 @@ def _pruned(
         return
     with Bar(walker.steps(chosen), "pruning", enabled=progress) as bar:
         yield from prune_blocks(walker, chosen, task, bar.step)
-
-
-def default_batch(device: torch.device, seqlen: int) -> int:
-    """Windows at once on `device` when the user does not say."""
-    return max(1, TOKENS_AT_ONCE.get(device.type, 1024) // seqlen)
 
 
 def calibrate(

@@ -9,12 +9,18 @@ from contextlib import contextmanager
 from types import FrameType
 
 from llmprune.errors import Stopped
+from llmprune.parallel import ALONE, Ranks
 
 
 class Stopping:
-    """Whether the process was asked to stop, and how far it is."""
+    """Whether the process was asked to stop, and how far it is.
 
-    def __init__(self) -> None:
+    Several processes stop behind the same block: they ask each other at its end, and from the first block
+    on the signal waits for that.
+    """
+
+    def __init__(self, ranks: Ranks = ALONE) -> None:
+        self.ranks = ranks
         self.asked = False
         self.finished = 0
         self._holding = False
@@ -30,7 +36,8 @@ class Stopping:
         try:
             yield
         finally:
-            self._holding = False
+            self._holding = self.ranks.world > 1
+        self.asked = self.ranks.any(self.asked)
         self.finished = index + 1
         self._check()
 
@@ -50,9 +57,9 @@ class Stopping:
 
 
 @contextmanager
-def on_sigterm() -> Iterator[Stopping]:
+def on_sigterm(ranks: Ranks = ALONE) -> Iterator[Stopping]:
     """While open, SIGTERM does not end the process but raises `Stopped`, behind the block in hand."""
-    stopping = Stopping()
+    stopping = Stopping(ranks)
     if threading.current_thread() is not threading.main_thread():
         yield stopping  # only the main thread may set handlers
         return

@@ -22,6 +22,7 @@ from llmprune.deliver import Delivery
 from llmprune.lockstep import check_walk
 from llmprune.memory import SLACK, Budget, of_block
 from llmprune.model import Matrix, check_weights
+from llmprune.parallel import ALONE, Ranks
 from llmprune.prune_matrix import Done, Task, prune_matrix
 from llmprune.report import LayerReport
 from llmprune.stopping import Stopping
@@ -39,8 +40,10 @@ class Streaming:
         chosen: its matrices that are to be pruned.
         task: how.
         work: where the result goes.
-        batches: calibration windows, each [batch, seqlen] int64; none for a method that needs no data.
+        batches: calibration windows of this process, each [batch, seqlen] int64; none for a method that
+            needs no data.
         budget: memory that may be used.
+        ranks: the processes that share the work; rank 0 writes.
         say: told what a person should know.
         progress: told of every step; see `llmprune.sweep`.
     """
@@ -53,6 +56,7 @@ class Streaming:
     budget: Budget
     say: Callable[[str], None]
     progress: Callable[[int, int, str], None]
+    ranks: Ranks = ALONE
 
     @property
     def depth(self) -> int:
@@ -82,11 +86,12 @@ class Streaming:
             Stopped: when asked to stop, behind the block in hand.
             OSError: when something cannot be written.
         """
-        steps = self.work.journal.steps
         names = [f"block {i}" for i in range(self.depth)]
         outside = self._here(None)
         names += ["outside"] if outside else []
-        self._check_finished([*names, "copy"])
+        if self.ranks.leads:
+            self._check_finished([*names, "copy"])
+        steps = self.work.journal.steps = self.ranks.tell(self.work.journal.steps)
         hidden = self._hidden()
         todo = self._todo(hidden)
         stopping.finished = todo[0] if todo else self.depth
@@ -94,7 +99,7 @@ class Streaming:
             check_walk(
                 self.shelf, self.walker, self.progress, lambda i: check_weights(self._here(i))
             )
-        if "copy" not in steps:
+        if "copy" not in steps and self.ranks.leads:
             self._copy()
         for index in todo:
             with stopping.block(index):
@@ -118,7 +123,8 @@ class Streaming:
         rooms = [(device, self.budget.device - need)]
         if device.type != "cpu":
             rooms.append((memory, self.budget.memory - SLACK))
-        return Activations(self.work.folder, len(self.batches), rooms, device)
+        name = "hidden" if self.ranks.world == 1 else f"process-{self.ranks.rank}-hidden"
+        return Activations(self.work.folder, len(self.batches), rooms, device, name)
 
     def _check_finished(self, steps: Sequence[str]) -> None:
         """Hold what earlier runs have written against the journal; what is damaged is forgotten."""
@@ -153,10 +159,13 @@ class Streaming:
         last = f"block {finished - 1}"
         whole = all(i >= finished for i in missing) and missing == list(range(finished, self.depth))
         if finished and whole:
-            if hidden.restore(steps[last]["hidden"]):
+            left = steps[last]["hidden"]
+            good = self.ranks.gather(hidden.restore(left[self.ranks.rank]))
+            if all(good):
                 self.say(f"going on behind block {finished} of {self.depth}, finished earlier")
                 return missing
-            self.say(f"{steps[last]['hidden']['file']} is damaged: all blocks are done again")
+            bad = left[good.index(False)]["file"]
+            self.say(f"{bad} is damaged: all blocks are done again")
         elif len(missing) < self.depth:
             self.say("all blocks are done again, for what they pass on")
         self.work.journal.forget([f"block {i}" for i in range(self.depth)])
@@ -187,10 +196,10 @@ class Streaming:
         if hidden is not None and self.walker is not None and self._passes(index):
             hidden.begin(index)
             pass_on(self.walker, index, hidden, tell)
-            entry["hidden"] = hidden.commit()
+            entry["hidden"] = self.ranks.gather(hidden.commit())
         for each in done:
             each.settle()
-        if here:
+        if here and self.ranks.leads:
             tell("writing")
             parameters = dict(self.shelf.layers[index].named_parameters())
             prefix = f"{self.shelf.prefix}.{index}."
@@ -200,6 +209,7 @@ class Streaming:
             self._delivery.read_back(index, done, named)
         self.shelf.release(index)
         self.work.journal.add(f"block {index}", entry)
+        self.ranks.any(False)  # no process forgets what came before until rank 0 has noted this
         if hidden is not None:
             hidden.forget_old()
 
@@ -210,7 +220,7 @@ class Streaming:
         self, index: int, here: Sequence[Matrix], hidden: Activations | None, tell: Tell
     ) -> Iterator[Done]:
         if hidden is not None and self.walker is not None:
-            yield from prune_block(self.walker, index, here, hidden, self.task, tell)
+            yield from prune_block(self.walker, index, here, hidden, self.task, tell, self.ranks)
             return
         for matrix in here:
             tell(matrix.name)
@@ -225,17 +235,17 @@ class Streaming:
         check_weights(outside)
         done: list[Done] = []
         if hidden is not None and self.walker is not None:
-            done += prune_outside(self.walker, outside, hidden, self.task, tell)
+            done += prune_outside(self.walker, outside, hidden, self.task, tell, self.ranks)
         else:
             for matrix in outside:
                 done.append(prune_matrix(matrix, self.task.method.stats(), None, self.task))
         for each in done:
             each.settle()
         named = {m.parameter_name: m.parameter for m in outside}
-        entry = {
-            "layers": [asdict(d.report) for d in done],
-            "tensors": self._delivery.write(named, set(named), self._delivery.outside(outside)),
-        }
+        entry: dict[str, Any] = {"layers": [asdict(d.report) for d in done]}
+        if self.ranks.leads:
+            files = self._delivery.outside(outside)
+            entry["tensors"] = self._delivery.write(named, set(named), files)
         self.work.journal.add("outside", entry)
 
 

@@ -10,11 +10,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from llmprune.errors import NumericalError
 from llmprune.model import Matrix
 from llmprune.observe import Observer
+from llmprune.parallel import ALONE, Ranks
 from llmprune.prune_matrix import Done, Task, prune_matrices, prune_matrix
 from llmprune.report import LayerReport
+from llmprune.share import prune_shared
 from llmprune.walk import Walker
 
 Progress = Callable[[int, int, str], None]
@@ -68,11 +69,15 @@ def prune_block(
     hidden: HiddenStates,
     task: Task,
     tell: Tell,
+    ranks: Ranks = ALONE,
 ) -> Iterator[Done]:
-    """Observe block `index` on all batches, then prune the matrices `here` of it."""
+    """Observe block `index` on all batches, then prune the matrices `here` of it.
+
+    With several `ranks`, `walker` has the batches of this one.
+    """
     if not here:
         return
-    observer = _observer(walker, task)
+    observer = _observer(walker, task, ranks)
     with observer.watching(here):
         for b in range(len(walker.batches)):
             tell(f"observing {b + 1}/{len(walker.batches)}")
@@ -89,12 +94,17 @@ def pass_on(walker: Walker, index: int, hidden: HiddenStates, tell: Tell) -> Non
 
 
 def prune_outside(
-    walker: Walker, outside: Sequence[Matrix], hidden: HiddenStates, task: Task, tell: Tell
+    walker: Walker,
+    outside: Sequence[Matrix],
+    hidden: HiddenStates,
+    task: Task,
+    tell: Tell,
+    ranks: Ranks = ALONE,
 ) -> Iterator[Done]:
     """Prune the matrices `outside` of the blocks, on what the last block gives."""
     if not outside:
         return
-    observer = _observer(walker, task)
+    observer = _observer(walker, task, ranks)
     with observer.watching(outside):
         for b in range(len(walker.batches)):
             observer.next_batch()
@@ -102,21 +112,25 @@ def prune_outside(
     yield from _prune_observed(observer, outside, task, tell)
 
 
-def _observer(walker: Walker, task: Task) -> Observer:
+def _observer(walker: Walker, task: Task, ranks: Ranks) -> Observer:
     """What collects the statistics that `task` needs."""
-    total = sum(ids.numel() for ids in walker.batches)
-    return Observer(task.method, total, walker.device, task.all_experts)
+    tokens = sum(ids.numel() for ids in walker.batches)
+    device, flood = walker.device, task.all_experts
+    return Observer(task.method, tokens, device, flood, wide=task.wide, ranks=ranks)
 
 
 def _prune_observed(
     observer: Observer, here: Sequence[Matrix], task: Task, tell: Tell
 ) -> Iterator[Done]:
     """Prune the matrices of one block once their inputs are known."""
+    observer.merge(here)
     unreached = observer.unreached(here)
+    if observer.ranks.world > 1:
+        for done in prune_shared(list(observer.handed_out()), task, observer.ranks):
+            tell(done.matrix.name)
+            yield done
     for seen in observer.handed_out():
-        if not seen.stats.finite():
-            names = ", ".join(m.name for m in seen.readers)
-            raise NumericalError(f"NaN or Inf in the activations that enter {names}")
+        seen.ready()
         results = prune_matrices(seen.readers, seen.stats, seen.sample, task)
         for matrix in seen.readers:
             tell(matrix.name)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from llmprune import hub, loading
 from llmprune.by_block import losses_by_block
@@ -28,11 +29,13 @@ from llmprune.checkpoint.target import put_in_place
 from llmprune.checkpoint.tensors import raw
 from llmprune.deliver import check_layout
 from llmprune.errors import CheckpointError, ConfigError, WalkError
+from llmprune.eval.perplexity import Losses, model_losses
 from llmprune.loading import Source
 from llmprune.memory import budget, fits, least, parse_size
 from llmprune.model import Matrix, check_vocabulary, matrices
 from llmprune.observe import check_floodable
 from llmprune.order import Job, Text
+from llmprune.parallel import Ranks
 from llmprune.preserve import evaluating, random_state
 from llmprune.progress import Bar, timed
 from llmprune.provenance import describe, versions
@@ -46,6 +49,8 @@ from llmprune.workplace import Settings, Workplace, batch_size, open_workplace
 def run_to_disk(job: Job, source: Source, tokenizer: Any, text: Text | None) -> Report | None:
     """Do `job`, whose data has been read, block by block; None where memory is the better place.
 
+    Several processes always go block by block.
+
     Raises:
         WalkError: before anything is written, when the blocks of this family cannot be run alone.
         LLMPruneError: one of its kinds, with a message that says what would work.
@@ -57,16 +62,18 @@ def run_to_disk(job: Job, source: Source, tokenizer: Any, text: Text | None) -> 
         where,
         job.choice.attention,
         parse_size(job.max_shard_size, "--max-shard-size"),
-        budget(job.max_memory, where),
+        budget(job.max_memory, where, job.ranks.beside),
+        job.ranks,
     )
     dtype = loading.compute_dtype(job.choice.dtype, where)
     shelf = open_shelf(source, dtype=dtype, device=where, attention=job.choice.attention)
-    if job.save is None and fits(shelf.model, settings.budget):
+    if job.save is None and job.ranks.world == 1 and fits(shelf.model, settings.budget):
         return None
     if job.save is not None:
         return _to_target(job, source, tokenizer, text, shelf, settings, job.save)
-    with tempfile.TemporaryDirectory(prefix="llmprune-") as place:
-        job.voice.say(f"the model does not fit into memory; its pruned blocks go to {place}")
+    with tempfile.TemporaryDirectory(prefix="llmprune-") as own:
+        place = job.ranks.tell(own)
+        job.voice.say(f"pruned blocks go to {place}, and are gone when the run ends")
         return _to_target(job, source, tokenizer, text, shelf, settings, Path(place) / "pruned")
 
 
@@ -97,11 +104,12 @@ def _to_target(
         progress=not job.voice.quiet,
     )
     try:
-        with on_sigterm() as stopping:
+        with on_sigterm(job.ranks) as stopping:
             run = _Run(job, source, tokenizer, text, shelf, settings, work, stopping)
             layers = run.prune(chosen, task, data)
             report = run.report(layers, data)
-            run.finish(target, report)
+            if job.ranks.leads:
+                run.finish(target, report)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         raise CheckpointError(
@@ -116,18 +124,16 @@ def _to_target(
 
 def _chosen(job: Job, shelf: Shelf, settings: Settings) -> tuple[list[Matrix], Task]:
     """The matrices to prune, once it is known that they can be, and what to do to them."""
-    method, pattern = job.prune.built()
+    task = job.prune.task()
     for shared, source in shelf.tied.items():
         if shared.startswith(f"{shelf.prefix}."):
             raise WalkError(f"{shared} is {source} too, so blocks cannot be pruned one at a time")
     chosen = matrices(shelf.model, job.prune.targets, job.prune.ignore)
-    check_fit(chosen, pattern, job.prune.ragged)
+    check_fit(chosen, task.pattern, job.prune.ragged)
     check_layout(shelf, chosen)
-    flood = job.prune.calibrate_all_experts
-    if flood:
+    if task.all_experts:
         check_floodable(chosen)
-    task = Task(method, pattern, job.prune.ragged == "dense", flood)
-    need = least(list(shelf.layers), chosen, method)
+    need = least(list(shelf.layers), chosen, task.method)
     if job.max_memory is not None and need > settings.budget.device:
         raise ConfigError(
             f"--max-memory {job.max_memory} is less than one block of this model needs with "
@@ -171,7 +177,7 @@ class _Run:
             self._measure("dense", self.source, self.shelf)
             say(f"perplexity before: {self.measured['dense'].perplexity:.3f}")
         size = batch_size(job.prune, data, self.settings.device)
-        batches = list(data.batches(size)) if data is not None else []
+        batches = self._own(list(data.batches(size))) if data is not None else []
         depth = len({m.block for m in chosen})
         steps = len(self.shelf.layers) + depth * (2 * len(batches) + 1) + len(chosen)
         with (
@@ -181,9 +187,27 @@ class _Run:
             Bar(steps, "pruning", enabled=not job.voice.quiet) as bar,
         ):
             run = Streaming(
-                self.shelf, chosen, task, self.work, batches, self.settings.budget, say, bar.step
+                self.shelf,
+                chosen,
+                task,
+                self.work,
+                batches,
+                self.settings.budget,
+                say,
+                bar.step,
+                job.ranks,
             )
             return run.run(self.stopping)
+
+    def _own(self, batches: list[Tensor]) -> list[Tensor]:
+        """The batches of this process."""
+        ranks = self.job.ranks
+        if len(batches) < ranks.world:
+            raise ConfigError(
+                f"{ranks.world} processes need as many batches, and the calibration windows make "
+                f"{len(batches)}; use a smaller --batch-size, more --samples or fewer processes"
+            )
+        return batches[ranks.span(len(batches))]
 
     def _measure(self, name: str, source: Source, shelf: Shelf) -> None:
         """Perplexity of a checkpoint, or what an earlier run noted of it."""
@@ -195,11 +219,12 @@ class _Run:
             shown = not self.job.voice.quiet
             size = self.job.prune.batch_size
             if fits(shelf.model, self.settings.budget):
-                opened = self.job.choice.open(source, None)
-                found = text.measure(opened.model, size, shown)
+                model = self.job.choice.open(source, None).model
+                losses: Losses = model_losses
             else:
+                model = shelf.model
                 losses = losses_by_block(shelf, self.settings.budget, self.work.folder)
-                found = text.measure(shelf.model, size, shown, losses)
+            found = text.measure(model, size, shown, _shared(losses, self.job.ranks))
             self.work.journal.add(step, {"report": asdict(found)})
         self.measured[name] = PerplexityReport(**self.work.journal.steps[step]["report"])
 
@@ -211,7 +236,9 @@ class _Run:
         for place in self.work.shards.places.values():
             if place.dtype.is_floating_point:
                 dtypes[place.dtype] += place.bytes
-        write_side_files(shelf.model, self.tokenizer, folder, dtypes.most_common(1)[0][0])
+        if job.ranks.leads:
+            write_side_files(shelf.model, self.tokenizer, folder, dtypes.most_common(1)[0][0])
+        job.ranks.any(False)  # the others read what has been written
         if self.text is not None:
             written = replace(self.source, path=str(folder), revision=None)
             where, dtype = self.settings.device, job.choice.dtype
@@ -255,3 +282,14 @@ class _Run:
         put_in_place(folder, target, job.overwrite)
         if job.save is not None:
             job.voice.say(f"saved to {target}, counts and pattern verified from the files")
+
+
+def _shared(losses: Losses, ranks: Ranks) -> Losses:
+    """A way to the losses where each process takes some of the windows."""
+
+    def share(model: Any, windows: Tensor, batch_size: int, progress: bool) -> Tensor:
+        batches = torch.split(windows, batch_size)[ranks.span(-(-len(windows) // batch_size))]
+        found = [losses(model, torch.cat(batches), batch_size, progress)] if batches else []
+        return torch.cat([part for some in ranks.gather(found) for part in some])
+
+    return losses if ranks.world == 1 else share

@@ -14,15 +14,16 @@ import torch
 
 from llmprune.calibration import Calibration
 from llmprune.checkpoint import fingerprint as prints
-from llmprune.checkpoint.journal import Journal, clear_finished
+from llmprune.checkpoint.journal import Followed, Journal, clear_finished
 from llmprune.checkpoint.shards import Shards
 from llmprune.checkpoint.shelf import Shelf
 from llmprune.checkpoint.target import resolve, size, unfinished
 from llmprune.checkpoint.target import settle as settle_target
 from llmprune.errors import CheckpointError
-from llmprune.memory import Budget
+from llmprune.memory import Budget, default_batch
+from llmprune.parallel import ALONE, Ranks
 from llmprune.provenance import versions
-from llmprune.run import PruneConfig, default_batch
+from llmprune.run import PruneConfig
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Settings:
         attention: backend of transformers, as typed.
         max_shard_size: bytes of the largest output file.
         budget: memory that may be used.
+        ranks: the processes that share the work.
     """
 
     dtype: str
@@ -42,6 +44,7 @@ class Settings:
     attention: str | None
     max_shard_size: int
     budget: Budget
+    ranks: Ranks = ALONE
 
 
 @dataclass(frozen=True)
@@ -96,8 +99,12 @@ def open_workplace(
         ConfigError: when there is an unfinished run of something else.
         CheckpointError: when there is no room for the result, or another process is at work.
     """
-    folder = unfinished(target)
+    folder, ranks = unfinished(target), settings.ranks
     shards = Shards(folder / "checkpoint", layout(shelf, settings.dtype), settings.max_shard_size)
+    if not ranks.leads:
+        steps = ranks.tell(None)
+        folder.mkdir(parents=True, exist_ok=True)  # on a machine of its own it is not there yet
+        return Workplace(Followed(folder, steps), shards)
     try:
         header = _header(folder, shelf, config, data, settings, progress)
         journal = Journal(folder, header, restart)
@@ -112,6 +119,7 @@ def open_workplace(
         if journal.resumed:
             say(f"taking up the unfinished run in {folder} ({work.blocks} blocks finished)")
         _make_room(work, target, hidden_bytes(shelf, data))
+        ranks.tell(journal.steps)
     except BaseException:
         work.close()
         raise
@@ -207,6 +215,7 @@ def _header(
             "attention": settings.attention,
             "max_shard_size": settings.max_shard_size,
             "batch_size": batch_size(config, data, settings.device),
+            "processes": settings.ranks.world,
         },
         "versions": {k: v for k, v in versions(settings.device).items() if k != "platform"},
         "aside": {"files": found, "begun": time.time()},

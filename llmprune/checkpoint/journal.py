@@ -102,6 +102,29 @@ class Journal:
         self._lock.close()
 
 
+class Followed(Journal):
+    """What a process knows of a journal that another process of its run keeps."""
+
+    def __init__(self, folder: Path, steps: Mapping[str, dict[str, Any]]) -> None:
+        self.folder = folder
+        self.steps = dict(steps)
+
+    def add(self, step: str, content: Mapping[str, Any]) -> None:
+        """Note a finished step, here."""
+        self.steps[step] = {"step": step, **content}
+
+    def forget(self, steps: Collection[str]) -> None:
+        """Take back that `steps` are finished, here."""
+        for step in steps:
+            self.steps.pop(step, None)
+
+    def discard(self) -> None:
+        """Nothing: the other process does it."""
+
+    def close(self) -> None:
+        """Nothing: the other process does it."""
+
+
 def _locked(folder: Path) -> Any:
     """An open file that only one process can hold."""
     file = (folder / "lock").open("a")

@@ -46,6 +46,29 @@ class Pruned:
         return self.weight.index_put(tuple(self.late.T), self.weight.new_zeros(()))
 
 
+class Share:
+    """The rows of one matrix that a process prunes; of a process by itself, all of them.
+
+    Attributes:
+        count: rows of the matrix.
+        own: which of them.
+    """
+
+    def __init__(self, count: int, own: slice | None = None) -> None:
+        self.count = count
+        self.own = own or slice(0, count)
+
+    def whole(self, score: Tensor) -> Tensor:
+        """The scores [width, count] of all rows, of which this process has its own: [width, own]."""
+        return score
+
+    def mine(self, places: Tensor) -> Tensor:
+        """Of `places` [n, 2], rows of the matrix and columns, those in the own rows, from its first on."""
+        rows = places[:, 0]
+        inside = places[(rows >= self.own.start) & (rows < self.own.stop)]
+        return inside - inside.new_tensor([self.own.start, 0])
+
+
 class Method(ABC, Generic[S]):
     """One pruning method.
 
@@ -92,6 +115,19 @@ class Method(ABC, Generic[S]):
         """
         for weight in weights:
             yield self.prune(weight, stats, pattern)
+
+    def by_rows(self, pattern: Pattern) -> bool:
+        """Whether several processes may prune some rows of a matrix each, by `prune_rows`.
+
+        Where not, which is what a new method begins with, they prune some of the matrices each.
+        """
+        return False
+
+    def prune_rows(
+        self, weights: Sequence[Tensor], stats: S, pattern: Pattern, shares: Sequence[Share]
+    ) -> Iterator[Pruned]:
+        """`prune_together` of the own rows of each matrix; a method that compares rows asks `shares`."""
+        return self.prune_together(weights, stats, pattern)
 
 
 class Scored(Method[S]):

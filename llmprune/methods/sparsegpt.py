@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from llmprune.errors import ConfigError
-from llmprune.methods.base import Method, Pruned, register
+from llmprune.methods.base import Method, Pruned, Share, register
 from llmprune.methods.wanda import Wanda
 from llmprune.pattern import NM, Pattern, Unstructured, Within, keep_highest, kth_lowest
 from llmprune.stats import Gram, InputNorms, Stats
@@ -95,9 +95,20 @@ class SparseGPT(Method[Gram]):
 
         Their rows meet only in comparison groups, and those stay each matrix's own.
         """
+        return self.prune_rows(weights, stats, pattern, [Share(len(w)) for w in weights])
+
+    def by_rows(self, pattern: Pattern) -> bool:
+        """Always: rows meet only in comparison groups."""
+        return True
+
+    def prune_rows(
+        self, weights: Sequence[Tensor], stats: Gram, pattern: Pattern, shares: Sequence[Share]
+    ) -> Iterator[Pruned]:
+        """Sweep some rows of several matrices; the scores of a comparison group come from all rows."""
         factor = stats.inverse_factor(self.damping)
         notes = {"damping": factor.damping} if factor.raised else {}
-        for some in _stacks(weights):
+        for taken in _stacks(weights, shares):
+            some, parts = weights[taken], shares[taken]
             edges = accumulate((len(weight) for weight in some), initial=0)
             own = [slice(*pair) for pair in pairwise(edges)]
             # columns lie in rows of `wt`, so that every step reads and writes memory in order
@@ -106,7 +117,7 @@ class SparseGPT(Method[Gram]):
                 wt[:, rows] = weight.T
             wt[factor.dead] = 0
             kt = torch.ones_like(wt, dtype=torch.bool)
-            spares = self._sweep(wt, kt, own, factor.upper, pattern)
+            spares = self._sweep(wt, kt, own, parts, factor.upper, pattern)
             wt.mul_(kt)
             for weight, rows, spare in zip(some, own, spares, strict=True):
                 w, keep = wt[:, rows].T.contiguous(), kt[:, rows].T.contiguous()
@@ -117,7 +128,13 @@ class SparseGPT(Method[Gram]):
                 yield Pruned(w.to(weight.dtype), keep, notes, late)
 
     def _sweep(
-        self, wt: Tensor, kt: Tensor, own: Sequence[slice], upper: Tensor, pattern: Pattern
+        self,
+        wt: Tensor,
+        kt: Tensor,
+        own: Sequence[slice],
+        shares: Sequence[Share],
+        upper: Tensor,
+        pattern: Pattern,
     ) -> list[Tensor]:
         """Prune and update `wt` [in, out] float32 and its keep mask `kt` in place.
 
@@ -130,8 +147,9 @@ class SparseGPT(Method[Gram]):
         diagonal = upper.diagonal()[:, None]
         chosen = isinstance(pattern, Unstructured) and pattern.within == "matrix"
         if chosen:
-            for rows in own:
-                kt[:, rows] = pattern.keep((wt[:, rows] / diagonal).square_().T.contiguous()).T
+            for rows, share in zip(own, shares, strict=True):
+                score = share.whole((wt[:, rows] / diagonal).square_())
+                kt[:, rows] = pattern.keep(score.T.contiguous()).T[:, share.own]
         width = self.block
         if isinstance(pattern, NM):  # groups must not straddle two blocks
             width = max(pattern.m, width - width % pattern.m)
@@ -139,8 +157,8 @@ class SparseGPT(Method[Gram]):
             block = slice(start, min(start + width, len(wt)))
             if isinstance(pattern, Unstructured) and not chosen:
                 score = (wt[block] / diagonal[block]).square_()
-                for rows, spare in zip(own, spares, strict=True):
-                    kt[block, rows], more = _keep_block(score[:, rows], start, pattern)
+                for rows, share, spare in zip(own, shares, spares, strict=True):
+                    kt[block, rows], more = _keep_own(score[:, rows], start, pattern, share)
                     spare.append(more)
             errors = torch.empty_like(wt[block])
             _solve(wt[block], kt[block], errors, upper[block, block], pattern)
@@ -148,16 +166,16 @@ class SparseGPT(Method[Gram]):
         return [torch.cat(spare) for spare in spares]
 
 
-def _stacks(weights: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
-    """`weights` in order, as many at a time as STACK allows."""
-    some: list[Tensor] = []
+def _stacks(weights: Sequence[Tensor], shares: Sequence[Share]) -> Iterator[slice]:
+    """`weights` in order, as many at a time as STACK allows for all their rows: the same in every process."""
     limit = STACK.get(weights[0].device.type, STACK["cpu"])
-    for weight in weights:
-        if some and sum(w.numel() for w in some) + weight.numel() > limit:
-            yield some
-            some = []
-        some.append(weight)
-    yield some
+    sizes = [share.count * w.shape[1] for share, w in zip(shares, weights, strict=True)]
+    begin = 0
+    for end, size in enumerate(sizes):
+        if end > begin and sum(sizes[begin:end]) + size > limit:
+            yield slice(begin, end)
+            begin = end
+    yield slice(begin, len(sizes))
 
 
 def _solve(wt: Tensor, kt: Tensor, errors: Tensor, u: Tensor, pattern: Pattern) -> None:
@@ -183,6 +201,16 @@ def _solve(wt: Tensor, kt: Tensor, errors: Tensor, u: Tensor, pattern: Pattern) 
         for j in range(start, start + step):
             errors[j].mul_(wt[j])
             wt[j + 1 :].addr_(u[j, j + 1 :], errors[j], alpha=-1)
+
+
+def _keep_own(
+    score: Tensor, start: int, pattern: Unstructured, share: Share
+) -> tuple[Tensor, Tensor]:
+    """`_keep_block` for the own rows of a matrix, of which `score` [width, own] is."""
+    if pattern.within == "row":
+        return _keep_block(score, start, pattern)
+    keep, spare = _keep_block(share.whole(score), start, pattern)
+    return keep[:, share.own], share.mine(spare)
 
 
 def _keep_block(score: Tensor, start: int, pattern: Unstructured) -> tuple[Tensor, Tensor]:

@@ -47,6 +47,10 @@ class Wanda(Scored[InputNorms]):
         """A number that does not depend on the inputs: each norm is learned by itself."""
         return MIN_TOKENS
 
+    def by_rows(self, pattern: Pattern) -> bool:
+        """Where no row is compared with another."""
+        return not self.variant and getattr(pattern, "within", "row") == "row"
+
     def score(self, weight: Tensor, stats: InputNorms) -> Tensor:
         """|W| * ||X||."""
         return weight.abs().float() * stats.norm
