@@ -53,20 +53,38 @@ class Delivery:
         shards.flush()
         return written
 
-    def read_back(self, index: int, done: Sequence[Done], named: Mapping[str, Tensor]) -> None:
-        """Load the block from the output, as any reader does, and hold it against what was decided."""
-        dtypes = self._file_dtypes(index)
-        before = {name: _digest(p, dtypes.get(name)) for name, p in named.items()}
+    def block(self, index: int, done: Sequence[Done]) -> dict[str, str]:
+        """Write a block that is loaded, load it from the output as any reader does, and compare.
+
+        Returns:
+            sha256 of each tensor in the files, by key.
+
+        Raises:
+            CheckpointError: when what is read back is not what was decided.
+            OSError: when it cannot be written.
+        """
+        wanted = {d.matrix.parameter_name for d in done}
+        written = self.write(self._loaded(index), wanted, self.shelf.keys(index))
+        before = self._digests(index)
         self.shelf.release(index)
         self.shelf.load(index, self.work.shards.stored())
-        after = dict(self.shelf.layers[index].named_parameters())
-        prefix = f"{self.shelf.prefix}.{index}."
-        for name, digest in before.items():
-            if _digest(after[name.removeprefix(prefix)], dtypes.get(name)) != digest:
+        for name, digest in self._digests(index).items():
+            if before[name] != digest:
                 raise CheckpointError(
                     f"the written file is not what was decided: {name} reads back otherwise"
                 )
         self._check_counts(done)
+        return written
+
+    def _loaded(self, index: int) -> dict[str, Tensor]:
+        """The parameters of a block by their names in the model; whoever keeps them keeps their memory."""
+        prefix = f"{self.shelf.prefix}.{index}."
+        return {prefix + n: p for n, p in self.shelf.layers[index].named_parameters()}
+
+    def _digests(self, index: int) -> dict[str, str]:
+        """sha256 of each parameter of a block, as it is stored."""
+        dtypes = self._file_dtypes(index)
+        return {name: _digest(p, dtypes.get(name)) for name, p in self._loaded(index).items()}
 
     def _check_counts(self, done: Sequence[Done]) -> None:
         reports = [d.report for d in done]

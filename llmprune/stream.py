@@ -201,12 +201,7 @@ class Streaming:
             each.settle()
         if here and self.ranks.leads:
             tell("writing")
-            parameters = dict(self.shelf.layers[index].named_parameters())
-            prefix = f"{self.shelf.prefix}.{index}."
-            named = {prefix + name: p for name, p in parameters.items()}
-            wanted = {m.parameter_name for m in here}
-            entry["tensors"] = self._delivery.write(named, wanted, self.shelf.keys(index))
-            self._delivery.read_back(index, done, named)
+            entry["tensors"] = self._delivery.block(index, done)
         self.shelf.release(index)
         self.work.journal.add(f"block {index}", entry)
         self.ranks.any(False)  # no process forgets what came before until rank 0 has noted this

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from llmprune.checkpoint import tensors
 from llmprune.checkpoint.quiet import quiet
-from llmprune.checkpoint.tensors import Stored
+from llmprune.checkpoint.tensors import Later, Stored
 from llmprune.errors import ModelError, WalkError
 from llmprune.model import blocks
 
@@ -230,10 +230,11 @@ class Shelf:
         return None
 
     def _read(self, keys: Iterable[str], stored: Mapping[str, Stored]) -> None:
-        self._convert(tensors.read(stored, keys), self.device)
+        values = {k: Later(stored[k], k, self._dtypes.get(self._targets[k])) for k in keys}
+        self._convert(values, self.device)
         self.model._weight_conversions = self._conversions
 
-    def _convert(self, values: dict[str, Tensor], device: torch.device) -> Any:
+    def _convert(self, values: Mapping[str, Tensor | Later], device: torch.device) -> Any:
         """Hand `values` (file key to tensor) to transformers, which puts them into the model."""
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
@@ -244,7 +245,7 @@ class Shelf:
             weight_mapping=self._mapping,
         )
         with quiet():
-            info, _ = convert_and_load_state_dict_in_model(self.model, values, config)
+            info, _ = convert_and_load_state_dict_in_model(self.model, dict(values), config)
         if info.conversion_errors:
             name, error = next(iter(info.conversion_errors.items()))
             raise ModelError(f"transformers cannot convert {name}: {' '.join(str(error).split())}")

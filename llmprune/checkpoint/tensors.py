@@ -6,7 +6,8 @@ that no mapped page outlives the block that needed it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,17 +99,25 @@ class opened:
         self._file.__exit__(*error)
 
 
-def read(stored: Mapping[str, Stored], keys: Iterable[str]) -> dict[str, Tensor]:
-    """Copies of the tensors `keys`, on the CPU, in their stored dtype."""
-    by_file: dict[Path, list[str]] = {}
-    for key in keys:
-        by_file.setdefault(stored[key].file, []).append(key)
-    found: dict[str, Tensor] = {}
-    for path, names in by_file.items():
-        with opened(path) as file:
-            for key in names:
-                found[key] = file.get_tensor(key).clone()
-    return found
+class Later:
+    """A tensor that is read when it is asked for, as `later[...]`: what transformers does with a slice.
+
+    One is read at a time, whatever thread asks, so that what is mapped or not yet widened stays small.
+    """
+
+    _one = threading.Lock()
+
+    def __init__(self, stored: Stored, key: str, dtype: torch.dtype | None) -> None:
+        """`dtype` is what to widen or narrow it to; None keeps the stored one."""
+        self.stored = stored
+        self.key = key
+        self.dtype = dtype
+
+    def __getitem__(self, everything: Any) -> Tensor:
+        """A copy, on the CPU."""
+        with self._one, opened(self.stored.file) as file:
+            found: Tensor = file.get_tensor(self.key)
+            return found.to(self.dtype or found.dtype, copy=True)
 
 
 def read_rows(stored: Stored, key: str, rows: Tensor) -> Tensor:
