@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from llmprune.errors import ConfigError
 from llmprune.methods.base import Method
 from llmprune.model import Matrix
+from llmprune.rounds import least_statistics
 
 TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 8192}
 """Default batch. On two CPU cores 1024 tokens take a fifth less time than 4096 (a block's intermediate
@@ -94,26 +95,15 @@ def of_model(model: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in unique.values())
 
 
-def of_block(block: nn.Module, here: Sequence[Matrix], method: Method[Any]) -> int:
-    """Bytes that one block needs while it is pruned: weights, statistics and `SLACK`.
-
-    Matrices that share an input share its statistics; which do is known only once the block has run, so
-    that every matrix of the same width in the same module is taken to share; experts share nothing.
-    """
-    inputs = {(m.name.rpartition(".")[0], m.expert, m.shape[1]): m.shape[1] for m in here}
-    statistics = sum(_bytes(method, width) for width in inputs.values())
-    return of_model(block) + statistics + SLACK
-
-
-def _bytes(method: Method[Any], features: int) -> int:
-    empty = method.stats.empty(features, torch.device("meta"))
-    return sum(v.numel() * v.element_size() for v in vars(empty).values() if isinstance(v, Tensor))
+def room_for_statistics(budget: Budget, block: nn.Module) -> int:
+    """Bytes that the statistics of `block` may take while it is in memory."""
+    return max(0, budget.device - of_model(block) - SLACK)
 
 
 def least(blocks: Sequence[nn.Module], chosen: Sequence[Matrix], method: Method[Any]) -> int:
-    """Bytes that the largest block needs while it is pruned."""
-    return max(
-        of_block(block, [m for m in chosen if m.block == i], method)
+    """Bytes that the largest block needs while it is pruned: weights, statistics and `SLACK`."""
+    return SLACK + max(
+        of_model(block) + least_statistics([m for m in chosen if m.block == i], method)
         for i, block in enumerate(blocks)
     )
 

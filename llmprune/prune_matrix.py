@@ -31,6 +31,7 @@ class Task:
         ragged: leave a matrix dense whose rows the pattern does not divide, instead of refusing.
         all_experts: let every expert learn from all tokens, not from those that are routed to it.
         wide: sum statistics in float64.
+        room: bytes that the statistics of a block may take at once; None is any number.
     """
 
     method: Method[Any]
@@ -38,6 +39,7 @@ class Task:
     ragged: bool = False
     all_experts: bool = False
     wide: bool = False
+    room: int | None = None
 
 
 @dataclass(frozen=True)

@@ -13,18 +13,19 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmprune.activations import Activations
 from llmprune.checkpoint import tensors
 from llmprune.checkpoint.shelf import Shelf
 from llmprune.deliver import Delivery
 from llmprune.lockstep import check_walk
-from llmprune.memory import SLACK, Budget, of_block
+from llmprune.memory import SLACK, Budget, of_model, room_for_statistics
 from llmprune.model import Matrix, check_weights
 from llmprune.parallel import ALONE, Ranks
 from llmprune.prune_matrix import Done, Task, prune_matrix
 from llmprune.report import LayerReport
+from llmprune.rounds import of_statistics
 from llmprune.stopping import Stopping
 from llmprune.sweep import Tell, pass_on, prune_block, prune_outside
 from llmprune.walk import Walker
@@ -112,12 +113,15 @@ class Streaming:
     def _here(self, index: int | None) -> list[Matrix]:
         return [m for m in self.chosen if m.block == index]
 
+    def _room(self, block: nn.Module) -> int:
+        return room_for_statistics(self.budget, block)
+
     def _hidden(self) -> Activations | None:
         if self.walker is None:
             return None
-        need = max(
-            of_block(self.shelf.layers[i], self._here(i), self.task.method)
-            for i in range(self.depth)
+        need = SLACK + max(
+            of_model(block) + min(of_statistics(here, self.task.method), self._room(block))
+            for block, here in ((self.shelf.layers[i], self._here(i)) for i in range(self.depth))
         )
         device, memory = self.shelf.device, torch.device("cpu")
         rooms = [(device, self.budget.device - need)]
@@ -191,7 +195,8 @@ class Streaming:
         tell = partial(self.progress, index, self.depth)
         self.shelf.load(index)
         check_weights(here)
-        done = [_light(d) for d in self._prune(index, here, hidden, tell)]
+        found = {d.matrix.name: _light(d) for d in self._prune(index, here, hidden, tell)}
+        done = [found[m.name] for m in here]
         entry: dict[str, Any] = {"layers": [asdict(d.report) for d in done]}
         if hidden is not None and self.walker is not None and self._passes(index):
             hidden.begin(index)
@@ -215,7 +220,8 @@ class Streaming:
         self, index: int, here: Sequence[Matrix], hidden: Activations | None, tell: Tell
     ) -> Iterator[Done]:
         if hidden is not None and self.walker is not None:
-            yield from prune_block(self.walker, index, here, hidden, self.task, tell, self.ranks)
+            task = replace(self.task, room=self._room(self.shelf.layers[index]))
+            yield from prune_block(self.walker, index, here, hidden, task, tell, self.ranks)
             return
         for matrix in here:
             tell(matrix.name)

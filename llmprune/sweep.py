@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmprune.model import Matrix
 from llmprune.observe import Observer
 from llmprune.parallel import ALONE, Ranks
 from llmprune.prune_matrix import Done, Task, prune_matrices, prune_matrix
 from llmprune.report import LayerReport
+from llmprune.rounds import of_statistics, rounds
 from llmprune.share import prune_shared
 from llmprune.walk import Walker
 
@@ -73,17 +74,40 @@ def prune_block(
 ) -> Iterator[Done]:
     """Observe block `index` on all batches, then prune the matrices `here` of it.
 
-    With several `ranks`, `walker` has the batches of this one.
+    In several rounds where the statistics do not fit into `task.room`. With several
+    `ranks`, `walker` has the batches of this one.
     """
     if not here:
         return
-    observer = _observer(walker, task, ranks)
-    with observer.watching(here):
+    parted = task.room is not None and of_statistics(here, task.method) > task.room
+    order = _order(walker, index, here, hidden) if parted else here
+    for some in rounds(order, task.method, task.room if parted else None):
+        observer = _observer(walker, task, ranks)
+        with observer.watching(some):
+            for b in range(len(walker.batches)):
+                tell(f"observing {b + 1}/{len(walker.batches)}")
+                observer.next_batch()
+                walker.run(index, b, hidden[b])
+        yield from _prune_observed(observer, some, task, tell)
+
+
+def _order(
+    walker: Walker, index: int, here: Sequence[Matrix], hidden: HiddenStates
+) -> list[Matrix]:
+    """`here` in the order in which block `index` uses them; what it does not use comes first."""
+    used: dict[int, int] = {}
+
+    def note(module: nn.Module, args: Any) -> None:
+        used.setdefault(id(module), len(used))
+
+    with ExitStack() as handles:
+        for module in {id(m.module): m.module for m in here}.values():
+            handles.callback(module.register_forward_pre_hook(note).remove)
         for b in range(len(walker.batches)):
-            tell(f"observing {b + 1}/{len(walker.batches)}")
-            observer.next_batch()
             walker.run(index, b, hidden[b])
-    yield from _prune_observed(observer, here, task, tell)
+            if len(used) == len({id(m.module) for m in here}):
+                break
+    return sorted(here, key=lambda m: used.get(id(m.module), -1))
 
 
 def pass_on(walker: Walker, index: int, hidden: HiddenStates, tell: Tell) -> None:

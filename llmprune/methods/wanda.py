@@ -26,6 +26,10 @@ wikillama-5m it is the fewest with an output error on other tokens below magnitu
 widths (256: 0.025 to 0.028, 704: 0.035 to 0.036 at 50%; 0.056 to 0.061 and 0.068 to 0.071 at 2:4);
 perplexity is then within 0.25 of magnitude's (benchmarks/results/expert-floor.json)."""
 
+CHUNK = (
+    2**22
+)  # weights that are scored at a time: 16 MiB, small beside any matrix whose memory matters
+
 
 @register("wanda")
 @dataclass(frozen=True)
@@ -57,6 +61,8 @@ class Wanda(Scored[InputNorms]):
 
     def prune(self, weight: Tensor, stats: InputNorms, pattern: Pattern) -> Pruned:
         """Keep the highest scores, or with `variant` all but a common share of each row's score."""
+        if self.by_rows(pattern):
+            return self._some_rows_at_a_time(weight, stats, pattern)
         if not self.variant:
             return super().prune(weight, stats, pattern)
         if not isinstance(pattern, Unstructured) or pattern.within not in (None, "row"):
@@ -66,6 +72,17 @@ class Wanda(Scored[InputNorms]):
             )
         keep, alpha = keep_by_share(self.score(weight, stats), pattern.sparsity)
         return Pruned(weight.where(keep, 0), keep, {"alpha": round(alpha, 4)})
+
+    def _some_rows_at_a_time(self, weight: Tensor, stats: InputNorms, pattern: Pattern) -> Pruned:
+        """The same as all at once, without a score as large as the matrix."""
+        pruned = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        keep = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
+        step = max(1, CHUNK // weight.shape[1])
+        for start in range(0, len(weight), step):
+            rows = slice(start, start + step)
+            part = super().prune(weight[rows], stats, pattern)
+            pruned[rows], keep[rows] = part.weight, part.keep
+        return Pruned(pruned, keep)
 
 
 def keep_by_share(score: Tensor, sparsity: float) -> tuple[Tensor, float]:
