@@ -94,10 +94,11 @@ def _silence() -> Voice:
 
 def _prune(argv: Sequence[str]) -> int:
     with joined() as ranks:
-        return _prune_with(argv, ranks)
+        return prune(argv, ranks)
 
 
-def _prune_with(argv: Sequence[str], ranks: Ranks) -> int:
+def prune(argv: Sequence[str], ranks: Ranks) -> int:
+    """The run that `argv` asks for, done by `ranks`; errors are raised."""
     args = prune_parser().parse_args(argv)
     from llmprune.job import run
     from llmprune.order import Job
