@@ -11,6 +11,7 @@ Nothing here loads torch, and nothing happens, in a process that was started alo
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -185,8 +186,9 @@ def _together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()
+        reason = re.sub(
+            r"^\[[^]]*\] |\. .*", "", (str(error) or type(error).__name__).splitlines()[0]
+        )
         raise Lost(
-            "another process of this run has ended, and this one with it "
-            f"({reason[0] if reason else type(error).__name__})"
+            f"another process of this run has ended, and this one with it ({reason})"
         ) from error
