@@ -114,7 +114,11 @@ class Streaming:
         return [m for m in self.chosen if m.block == index]
 
     def _room(self, block: nn.Module) -> int:
-        return room_for_statistics(self.budget, block)
+        """Bytes for the statistics of a block: what the process with the least has."""
+        room = room_for_statistics(self.budget, block)
+        if self.task.wide:  # float64 sums beside those of a batch in float32
+            room //= 3
+        return int(min(self.ranks.gather(room)))
 
     def _hidden(self) -> Activations | None:
         if self.walker is None:

@@ -80,7 +80,7 @@ def prune_block(
     if not here:
         return
     parted = task.room is not None and of_statistics(here, task.method) > task.room
-    order = _order(walker, index, here, hidden) if parted else here
+    order = _order(walker, index, here, hidden, ranks) if parted else here
     for some in rounds(order, task.method, task.room if parted else None):
         observer = _observer(walker, task, ranks)
         with observer.watching(some):
@@ -92,9 +92,12 @@ def prune_block(
 
 
 def _order(
-    walker: Walker, index: int, here: Sequence[Matrix], hidden: HiddenStates
+    walker: Walker, index: int, here: Sequence[Matrix], hidden: HiddenStates, ranks: Ranks
 ) -> list[Matrix]:
-    """`here` in the order in which block `index` uses them; what it does not use comes first."""
+    """`here` in the order in which block `index` uses them; what it does not use comes first.
+
+    For all `ranks` it is that of the first, whose windows may reach other experts than theirs.
+    """
     used: dict[int, int] = {}
 
     def note(module: nn.Module, args: Any) -> None:
@@ -107,7 +110,8 @@ def _order(
             walker.run(index, b, hidden[b])
             if len(used) == len({id(m.module) for m in here}):
                 break
-    return sorted(here, key=lambda m: used.get(id(m.module), -1))
+    order: list[int] = ranks.tell([used.get(id(m.module), -1) for m in here])
+    return [here[i] for i in sorted(range(len(here)), key=order.__getitem__)]
 
 
 def pass_on(walker: Walker, index: int, hidden: HiddenStates, tell: Tell) -> None:
