@@ -144,7 +144,7 @@ def _locked(folder: Path) -> Any:
 
 def _line(entry: Mapping[str, Any]) -> bytes:
     """One line: a checksum, a space, JSON."""
-    text = json.dumps(entry, sort_keys=True, allow_nan=False)
+    text = json.dumps(entry, sort_keys=True)
     return f"{hashlib.sha256(text.encode()).hexdigest()[:16]} {text}\n".encode()
 
 
