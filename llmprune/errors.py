@@ -25,6 +25,10 @@ class WalkError(LLMPruneError, RuntimeError):
     """The block-by-block walk does not reproduce the model's own forward."""
 
 
+class NotByBlock(WalkError):
+    """Blocks of this family cannot be run one at a time from files: the whole model has to be there."""
+
+
 class NumericalError(LLMPruneError, ArithmeticError):
     """NaN, Inf, or a Gram matrix that stays indefinite after all the damping that is allowed."""
 

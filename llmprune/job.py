@@ -15,7 +15,7 @@ import torch
 from llmprune import hub, loading, plot
 from llmprune.calibration import Calibration, window
 from llmprune.checkpoint.save import check_target
-from llmprune.errors import ConfigError, DataError, WalkError
+from llmprune.errors import ConfigError, DataError, NotByBlock
 from llmprune.eval import perplexity as measure
 from llmprune.in_memory import run_in_memory
 from llmprune.loading import Source
@@ -136,9 +136,9 @@ def _pruned(job: Job, source: Source, tokenizer: Any, text: Text | None) -> Repo
     """Block by block from disk where that is possible and of use, else in memory."""
     try:
         report = run_to_disk(job, source, tokenizer, text)
-    except WalkError as error:
+    except NotByBlock as error:
         if job.ranks.world > 1:
-            raise WalkError(f"{error}; one process, without torchrun, may do it") from error
+            raise NotByBlock(f"{error}; one process, without torchrun, may do it") from error
         if job.max_memory is not None:
             raise
         job.voice.say(f"the whole model is loaded, and the run cannot be taken up again: {error}")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from llmprune.checkpoint.shelf import Shelf
-from llmprune.errors import WalkError
+from llmprune.errors import NotByBlock, WalkError
 from llmprune.model import blocks
 from llmprune.walk import Walker, hidden_state, restore_forward, template, without_tensors
 
@@ -38,17 +38,19 @@ def check_walk(
         look: called with each block once it is loaded; may raise.
 
     Raises:
-        WalkError: when a block run alone does not give exactly what it gives in the plain forward.
+        NotByBlock: when a block run alone does not give exactly what it gives in the plain forward.
     """
-    shelf.load_rest(torch.cat([b.flatten() for b in walker.batches]), head=False)
-    check = _Check(shelf, walker, progress, look)
-    with check.in_place():
-        check.twin(input_ids=check.single.batches[0].to(walker.device), use_cache=False)
+    try:
+        shelf.load_rest(torch.cat([b.flatten() for b in walker.batches]), head=False)
+        check = _Check(shelf, walker, progress, look)
+        with check.in_place():
+            check.twin(input_ids=check.single.batches[0].to(walker.device), use_cache=False)
+    except WalkError as error:
+        raise NotByBlock(str(error)) from error
     for i in range(len(walker.layers)):
         if i not in check.reached:
-            raise WalkError(
-                f"block {i} of {type(walker.model).__name__} takes no part in its forward"
-            )
+            name = type(walker.model).__name__
+            raise NotByBlock(f"block {i} of {name} takes no part in its forward")
 
 
 class _Check:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +89,16 @@ def parse_size(text: str | int, option: str) -> int:
     if size <= 0:
         raise ConfigError(f"{option} takes a size such as 5GB or 800MiB, got {text!r}")
     return size
+
+
+def trim() -> None:
+    """Hand free memory back to the system.
+
+    glibc keeps pieces below 32 MB for itself, in a heap that each block would leave larger: measured, by two
+    thirds of a block for every block of 4.7M weights.
+    """
+    with suppress(OSError, AttributeError):  # another C library has another heap
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def of_model(model: nn.Module) -> int:

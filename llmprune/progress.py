@@ -48,6 +48,10 @@ class Bar:
     ) -> None:
         self._bar.close()
 
+    def expect(self, more: int) -> None:
+        """There will be `more` steps from here on."""
+        self._bar.total = self._bar.n + more
+
     def step(self, block: int, blocks: int, doing: str) -> None:
         """One step further: `doing` in `block` of `blocks`, counted from 0."""
         self._bar.set_postfix_str(

@@ -47,6 +47,7 @@ class Streaming:
         ranks: the processes that share the work; rank 0 writes.
         say: told what a person should know.
         progress: told of every step; see `llmprune.sweep`.
+        expect: told how many more steps there will be.
     """
 
     shelf: Shelf
@@ -57,6 +58,7 @@ class Streaming:
     budget: Budget
     say: Callable[[str], None]
     progress: Callable[[int, int, str], None]
+    expect: Callable[[int], None] = lambda more: None
     ranks: Ranks = ALONE
 
     @property
@@ -82,7 +84,7 @@ class Streaming:
         """Prune and write every chosen matrix; returns what was done, in the order of the blocks.
 
         Raises:
-            WalkError: before anything is written, when blocks of this family cannot be run alone.
+            NotByBlock: before a block is written, when blocks of this family cannot be run alone.
             LLMPruneError: a matrix that cannot be pruned, or files that do not hold what was decided.
             Stopped: when asked to stop, behind the block in hand.
             OSError: when something cannot be written.
@@ -96,7 +98,10 @@ class Streaming:
         hidden = self._hidden()
         todo = self._todo(hidden)
         stopping.finished = todo[0] if todo else self.depth
-        if self.walker is not None and (todo or (outside and "outside" not in steps)):
+        rest = outside if "outside" not in steps else []
+        check = self.walker is not None and bool(todo or rest)
+        self.expect(self._steps(todo, check) + len(rest))
+        if self.walker is not None and check:
             check_walk(
                 self.shelf, self.walker, self.progress, lambda i: check_weights(self._here(i))
             )
@@ -105,10 +110,22 @@ class Streaming:
         for index in todo:
             with stopping.block(index):
                 self._block(index, hidden)
-        if outside and "outside" not in steps:
-            self._outside(outside, hidden)
+        if rest:
+            self._outside(rest, hidden)
         self.shelf.release_rest()
         return [_layer(entry) for name in names for entry in steps[name]["layers"]]
+
+    def _steps(self, todo: Sequence[int], check: bool) -> int:
+        """How often `progress` will be told something before the matrices outside of the blocks."""
+        batches = len(self.batches)
+        count = len(self.shelf.layers) if check else 0
+        if "copy" not in self.work.journal.steps and self.ranks.leads:
+            count += len(self._copied())
+        for index in todo:
+            if here := len(self._here(index)):
+                count += batches + here + self.ranks.leads
+            count += batches * self._passes(index)
+        return count
 
     def _here(self, index: int | None) -> list[Matrix]:
         return [m for m in self.chosen if m.block == index]
@@ -137,9 +154,11 @@ class Streaming:
     def _check_finished(self, steps: Sequence[str]) -> None:
         """Hold what earlier runs have written against the journal; what is damaged is forgotten."""
         journal, shards = self.work.journal, self.work.shards
-        for name in steps:
+        written = {name: journal.steps.get(name, {}).get("tensors", {}) for name in steps}
+        self.expect(sum(map(len, written.values())))
+        for name, entries in written.items():
             bad: list[str] = []
-            for key, digest in journal.steps.get(name, {}).get("tensors", {}).items():
+            for key, digest in entries.items():
                 self.progress(0, self.depth, f"looking at finished {name}")
                 if shards.digest(key) != digest:
                     bad.append(key)
@@ -179,17 +198,20 @@ class Streaming:
         self.work.journal.forget([f"block {i}" for i in range(self.depth)])
         return list(range(self.depth))
 
-    def _copy(self) -> None:
-        """Bring everything that no step changes into the output as it is."""
+    def _copied(self) -> list[str]:
+        """File keys that no step changes."""
         changed = {f for i in range(self.depth) if self._here(i) for f in self.shelf.keys(i)}
         if self._here(None):
             changed |= set(self._delivery.outside(self._here(None)))
+        return [key for key in self.work.shards.places if key not in changed]
+
+    def _copy(self) -> None:
+        """Bring everything that no step changes into the output as it is."""
         written = {}
-        for key in self.work.shards.places:
-            if key not in changed:
-                self.progress(0, self.depth, f"copying {key}")
-                stored = self.shelf.stored[key]
-                written[key] = self.work.shards.write(key, tensors.pieces(stored, key))
+        for key in self._copied():
+            self.progress(0, self.depth, f"copying {key}")
+            stored = self.shelf.stored[key]
+            written[key] = self.work.shards.write(key, tensors.pieces(stored, key))
         self.work.shards.flush()
         self.work.journal.add("copy", {"tensors": written})
 
@@ -243,6 +265,7 @@ class Streaming:
             done += prune_outside(self.walker, outside, hidden, self.task, tell, self.ranks)
         else:
             for matrix in outside:
+                tell(matrix.name)
                 done.append(prune_matrix(matrix, self.task.method.stats(), None, self.task))
         for each in done:
             each.settle()

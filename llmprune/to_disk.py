@@ -28,7 +28,7 @@ from llmprune.checkpoint.skeleton import open_shelf
 from llmprune.checkpoint.target import put_in_place
 from llmprune.checkpoint.tensors import raw
 from llmprune.deliver import check_layout
-from llmprune.errors import CheckpointError, ConfigError, WalkError
+from llmprune.errors import CheckpointError, ConfigError, NotByBlock
 from llmprune.eval.perplexity import Losses, model_losses
 from llmprune.loading import Source
 from llmprune.memory import budget, fits, least, parse_size
@@ -52,7 +52,7 @@ def run_to_disk(job: Job, source: Source, tokenizer: Any, text: Text | None) -> 
     Several processes always go block by block.
 
     Raises:
-        WalkError: before anything is written, when the blocks of this family cannot be run alone.
+        NotByBlock: before a block is written, when the blocks of this family cannot be run alone.
         LLMPruneError: one of its kinds, with a message that says what would work.
         Stopped: after SIGTERM, behind a finished block.
     """
@@ -127,7 +127,7 @@ def _chosen(job: Job, shelf: Shelf, settings: Settings) -> tuple[list[Matrix], T
     task = job.prune.task()
     for shared, source in shelf.tied.items():
         if shared.startswith(f"{shelf.prefix}."):
-            raise WalkError(f"{shared} is {source} too, so blocks cannot be pruned one at a time")
+            raise NotByBlock(f"{shared} is {source} too, so blocks cannot be pruned one at a time")
     chosen = matrices(shelf.model, job.prune.targets, job.prune.ignore)
     check_fit(chosen, task.pattern, job.prune.ragged)
     check_layout(shelf, chosen)
@@ -178,13 +178,11 @@ class _Run:
             say(f"perplexity before: {self.measured['dense'].perplexity:.3f}")
         size = batch_size(job.prune, data, self.settings.device)
         batches = self._own(list(data.batches(size))) if data is not None else []
-        depth = len({m.block for m in chosen})
-        steps = len(self.shelf.layers) + depth * (2 * len(batches) + 1) + len(chosen)
         with (
             timed(self.seconds, "prune"),
             evaluating(self.shelf.model),
             random_state(self.shelf.model),
-            Bar(steps, "pruning", enabled=not job.voice.quiet) as bar,
+            Bar(0, "pruning", enabled=not job.voice.quiet) as bar,
         ):
             run = Streaming(
                 self.shelf,
@@ -195,6 +193,7 @@ class _Run:
                 self.settings.budget,
                 say,
                 bar.step,
+                bar.expect,
                 job.ranks,
             )
             return run.run(self.stopping)

@@ -93,6 +93,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self._answer(
                     200, {"type": "user", "name": "ann", "orgs": [{"name": "lab"}], "auth": auth}
                 )
+        elif "/tree/" in path:  # of folders, and a repository here has none
+            self._answer(404, {"error": "not found"}, {"X-Error-Code": "EntryNotFound"})
         elif path.startswith("/api/models/") and hub.private is not None:
             siblings = [{"rfilename": n} for n in hub.files]
             self._answer(

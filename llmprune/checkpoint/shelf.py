@@ -21,6 +21,7 @@ from llmprune.checkpoint import tensors
 from llmprune.checkpoint.quiet import quiet
 from llmprune.checkpoint.tensors import Later, Stored
 from llmprune.errors import ModelError, WalkError
+from llmprune.memory import trim
 from llmprune.model import blocks
 
 if TYPE_CHECKING:
@@ -154,6 +155,7 @@ class Shelf:
     def release(self, block: int) -> None:
         """Give the memory of one block back."""
         _empty(self.layers[block])
+        trim()
 
     def load_rest(self, ids: Tensor | None, *, head: bool) -> None:
         """Read what is in no block.
