@@ -21,6 +21,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -49,6 +50,7 @@ def main() -> int:
         "command": "python benchmarks/kill.py " + " ".join(sys.argv[1:]),
         "model": args.model.name,
         "seed": args.seed,
+        "commit": _commit(),
         "versions": versions(torch.device("cpu")),
         "rows": rows,
     }
@@ -182,6 +184,12 @@ def _timeless(plain: Any) -> Any:
         clocks = ("seconds", "tokens_per_second")
         return {k: _timeless(v) for k, v in plain.items() if k not in clocks}
     return [_timeless(v) for v in plain] if isinstance(plain, list) else plain
+
+
+def _commit() -> str:
+    line = ["git", "rev-parse", "--short", "HEAD"]
+    here = Path(__file__).parent
+    return subprocess.run(line, capture_output=True, text=True, cwd=here).stdout.strip()
 
 
 def _import_everything(model: Path) -> None:
