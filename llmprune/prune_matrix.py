@@ -104,6 +104,7 @@ def prune_matrices(
             notes = {**pruned.notes, "fallback": task.method.name}
             pruned = replace(pruned, notes=notes)
         yield _put(matrix, pruned, stats, sample, task, begun)
+        del pruned  # its memory is for the next one
 
 
 def prune_matrix(matrix: Matrix, stats: Stats, sample: InputSample | None, task: Task) -> Done:

@@ -228,18 +228,17 @@ def prune_with(
     else:
         say(f"{config.method} looks at the weights alone: no calibration data is read")
     begun = time.perf_counter()
-    layers: list[LayerReport] = []
-    task = config.task()
+    layers: dict[str, LayerReport] = {}
     with evaluating(model), random_state(model):
         walker = _walker(model, data, config, say) if data else None
-        for matrix, report, keep in _pruned(walker, chosen, task, progress):
-            layers.append(report)
+        for matrix, report, keep in _pruned(walker, chosen, config.task(), progress):
+            layers[matrix.name] = report
             on_mask(matrix, report, keep)
     seconds["prune"] = time.perf_counter() - begun
     result = Report(
         recipe=config.recipe(),
         model=describe(model),
-        layers=layers,
+        layers=[layers[matrix.name] for matrix in chosen],
         walk=walker.kind if walker else None,
         calibration=data.report() if data else None,
         seconds=seconds,

@@ -136,6 +136,7 @@ class Gram:
         self.tokens = 0
         self._whole = True  # whether the lower half of `sums` mirrors the upper one
         self._derived: dict[Any, Any] = {}
+        self._diagonal: Tensor | None = None  # of the sums, while a factor's stands in its place
 
     @classmethod
     def empty(cls, features: int, device: torch.device) -> Self:
@@ -144,6 +145,7 @@ class Gram:
 
     def add(self, inputs: Tensor) -> None:
         """Add x^T x of a batch [..., features], multiplied in float32."""
+        self._changed()
         x = inputs.detach().reshape(-1, inputs.shape[-1])
         chunk = max(1, len(x)) if x.dtype == torch.float32 else self.CHUNK
         for start in range(0, len(x), chunk):
@@ -151,13 +153,13 @@ class Gram:
             for p in self._panels():
                 self.sums[: p.stop, p].addmm_(wide[:, : p.stop].T, wide[:, p])
         self.tokens += x.shape[0]
-        self._changed()
 
     def merge(self, other: Self) -> None:
         """Add the other's sums."""
+        self._changed()
+        other._changed()
         self.sums += other.sums.to(self.sums.device)
         self.tokens += other.tokens
-        self._changed()
 
     def parts(self) -> list[Tensor]:
         """The half that is computed, in panels of columns."""
@@ -165,8 +167,12 @@ class Gram:
         return [self.sums[: p.stop, p] for p in self._panels()]
 
     def _changed(self) -> None:
+        """Forget what was derived, and take back the memory that it lies in."""
         self._whole = False
         self._derived.clear()
+        if self._diagonal is not None:
+            self.sums.diagonal().copy_(self._diagonal)
+            self._diagonal = None
 
     def _panels(self) -> list[slice]:
         features = len(self.sums)
@@ -180,6 +186,7 @@ class Gram:
     def gram(self) -> Tensor:
         """[features, features] float32, both halves; shares memory with `sums`."""
         if not self._whole:
+            self._changed()
             for p in self._panels():
                 own = self.sums[p, p]
                 own.copy_(own.triu() + own.triu(1).T)
@@ -189,17 +196,32 @@ class Gram:
 
     def column(self, index: int) -> Tensor:
         """One column of the matrix, [features] float32, without mirroring the rest."""
-        return torch.cat([self.sums[:index, index], self.sums[index, index:]])
+        found = torch.cat([self.sums[:index, index], self.sums[index, index:]])
+        if self._diagonal is not None:
+            found[index] = self._diagonal[index]
+        return found
+
+    @property
+    def diagonal(self) -> Tensor:
+        """The sums of squares, [features] float32."""
+        own = self.sums.diagonal() if self._diagonal is None else self._diagonal
+        return own.clone()
 
     def inverse_factor(self, damping: float) -> InverseFactor:
         """The upper Cholesky factor of the inverse of the damped Gram matrix, computed once.
+
+        A large one lies in the memory of `sums`, so that only the last one asked for is kept.
 
         Raises:
             NumericalError: when the matrix is not positive definite even at the damping limit.
         """
         key = ("inverse_factor", damping)
         if key not in self._derived:
-            self._derived[key] = InverseFactor.of(self.sums, damping)
+            self._changed()
+            diagonal = self.diagonal
+            # the half that is not computed has room for the factor
+            self._derived[key] = InverseFactor.of(self.sums, damping, into=self.sums.T)
+            self._diagonal = diagonal
         return cast(InverseFactor, self._derived[key])
 
 

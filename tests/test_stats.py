@@ -426,3 +426,26 @@ def test_float64_inputs_are_summed_in_float32() -> None:
     norms.add(x)
     assert norms.sum_sq.dtype == torch.float32
     torch.testing.assert_close(norms.sum_sq.double(), x.square().sum(0), rtol=1e-6, atol=0)
+
+
+def test_a_large_factor_lies_in_the_half_that_is_not_computed() -> None:
+    """And everything that is asked of the sums afterwards is answered as before."""
+    n = 1100
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(2 * n, n, generator=random) * torch.logspace(-1, 1, n)
+    stats = summed(Gram, x)
+    apart = summed(Gram, x)
+    whole = apart.gram.clone()
+    expected = InverseFactor.of(whole, 0.01)
+    factor = stats.inverse_factor(0.01)
+    assert factor.upper.data_ptr() == stats.sums.data_ptr()
+    torch.testing.assert_close(factor.upper.triu(), expected.upper, rtol=1e-4, atol=1e-6)
+    assert torch.equal(stats.column(7), whole[:, 7])
+    assert torch.equal(stats.diagonal, whole.diagonal())
+    assert stats.finite()
+    again = stats.inverse_factor(0.1).upper.triu()
+    torch.testing.assert_close(again, InverseFactor.of(whole, 0.1).upper, rtol=1e-4, atol=1e-6)
+    assert torch.equal(stats.gram, whole)
+    stats.inverse_factor(0.01)
+    stats.add(x)
+    torch.testing.assert_close(stats.gram, 2 * whole, rtol=1e-4, atol=1e-5 * float(whole.max()))

@@ -23,9 +23,9 @@ def test_the_factor_of_an_input_is_gone_when_the_next_one_is_made(
     alive: list[int] = []
     of = InverseFactor.of.__func__  # type: ignore[attr-defined]
 
-    def counted(cls: type[InverseFactor], gram: torch.Tensor, damping: float) -> InverseFactor:
+    def counted(cls: type[InverseFactor], *given: Any, **named: Any) -> InverseFactor:
         alive.append(sum(ref() is not None for ref in made))
-        factor: InverseFactor = of(cls, gram, damping)
+        factor: InverseFactor = of(cls, *given, **named)
         made.append(weakref.ref(factor))
         return factor
 

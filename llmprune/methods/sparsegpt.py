@@ -80,7 +80,7 @@ class SparseGPT(Method[Gram]):
 
     def fallback(self, stats: Gram) -> tuple[Method[Any], Stats]:
         """Wanda, whose norms are the diagonal of the Gram matrix."""
-        norms = InputNorms(stats.sums.diagonal().clone())
+        norms = InputNorms(stats.diagonal)
         norms.tokens = stats.tokens
         return Wanda(), norms
 
