@@ -23,10 +23,10 @@ demo: $(stamp)
 	.venv/bin/python -m llmprune --model demo --sparsity 0.6 --method sparsegpt
 
 test: demo
-	@$(python) -m pytest
+	@OMP_NUM_THREADS=1 $(python) -m pytest -n auto
 
 check: lint types
-	@$(python) -m pytest
+	@OMP_NUM_THREADS=1 $(python) -m pytest -n auto
 
 lint: $(stamp)
 	$(python) -m ruff format --check .

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -397,6 +398,7 @@ def test_ctrl_c_leaves_nothing_and_exits_130(tiny, text, tmp_path, delay):
             "--save", str(out), "--quiet", "--log-file", str(log),
         ],
         cwd=Path(__file__).parents[1], stderr=subprocess.PIPE, text=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a shell's & ignores it
     )  # fmt: skip
     deadline = time.monotonic() + 120
     while not (log.exists() and log.read_text()):
