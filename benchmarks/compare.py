@@ -176,7 +176,7 @@ def _floor(model: Any, ids: Any, method: str, pattern: str) -> None:
 
     with torch.no_grad():
         for _ in range(2):
-            for batch in ids.split(default_batch(model, ids.shape[1])):
+            for batch in ids.split(default_batch(model.device, ids.shape[1])):
                 model(input_ids=batch, use_cache=False)
 
 

@@ -103,7 +103,7 @@ def _timed(job: Callable[[], object], device: str) -> tuple[float, float]:
 def _forward_twice(model: Any, ids: torch.Tensor) -> None:
     with torch.no_grad():
         for _ in range(2):
-            for batch in ids.split(default_batch(model, ids.shape[1])):
+            for batch in ids.split(default_batch(model.device, ids.shape[1])):
                 model.model(input_ids=batch.to(model.device), use_cache=False)
 
 

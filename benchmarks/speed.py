@@ -69,7 +69,7 @@ class Bench:
         self.block: nn.Module = self.model.model.layers[1]
         self.dense = {k: v.clone() for k, v in self.block.state_dict().items()}
         ids = torch.zeros(self.hidden.shape[:2], dtype=torch.int64)
-        size = default_batch(self.model, ids.shape[1])
+        size = default_batch(self.model.device, ids.shape[1])
         self.walker = Walker(self.model, self.model.model.layers, list(ids.split(size)))
         self.batches = list(self.hidden.split(size))
         self.matrices: list[Matrix] = matrices(self.model)
