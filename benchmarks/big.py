@@ -175,7 +175,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def _watched(command: list[str], threads: int, save: Path) -> tuple[int, int, str]:
     """Run `command`; its peak resident bytes, the most it had on disk, and what it printed."""
     import os
-    import resource
 
     env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     done, disk = threading.Event(), [0]
@@ -188,10 +187,16 @@ def _watched(command: list[str], threads: int, save: Path) -> tuple[int, int, st
 
     watcher = threading.Thread(target=look, daemon=True)
     watcher.start()
-    found = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    out = process.stdout.read()
+    _, status, usage = os.wait4(
+        process.pid, 0
+    )  # this child's own peak, not the largest of all so far
     done.set()
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    return peak, disk[0], found.stdout
+    if status:
+        raise SystemExit(f"{' '.join(command)} failed")
+    return usage.ru_maxrss * 1024, disk[0], out
 
 
 def allowed(config: dict[str, Any], tokens: int, method: str) -> int:
