@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -160,13 +160,5 @@ def _read(path: Path, start: int, shape: tuple[int, ...], dtype: torch.dtype) ->
 
 
 def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    for chunk in _chunks(path):
-        digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _chunks(path: Path) -> Iterator[bytes]:
-    with path.open("rb", buffering=0) as file:
-        while chunk := file.read(2**24):
-            yield chunk
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -54,12 +54,6 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--device", default="auto", help="auto (CUDA where there is one), cpu, cuda:N"
     )
-    group.add_argument(
-        "--max-memory",
-        metavar="SIZE",
-        help="memory the run may use, such as 16GB, or 0=40GB,cpu=100GB for GPU 0 and main memory: "
-        "weights are read block by block, hidden states go to disk (what is free)",
-    )
     group.add_argument("--attention", help="attention backend of transformers (eager, sdpa, ...)")
     group.add_argument(
         "--trust-remote-code", action="store_true", help="let code from the checkpoint run"
@@ -109,6 +103,12 @@ def _pruning_options(parser: argparse.ArgumentParser) -> None:
         choices=("error", "dense"),
         default="error",
         help="rows that n:m does not divide: refuse, or leave such a matrix dense and report it",
+    )
+    group.add_argument(
+        "--max-memory",
+        metavar="SIZE",
+        help="memory the run may use, such as 16GB, or 0=40GB,cpu=100GB for GPU 0 and main memory: "
+        "weights are read block by block, hidden states go to disk (what is free)",
     )
     names = "class name, fnmatch pattern or re:REGEX; of the whole name or its end"
     group.add_argument(

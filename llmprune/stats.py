@@ -218,10 +218,9 @@ class Gram:
         key = ("inverse_factor", damping)
         if key not in self._derived:
             self._changed()
-            diagonal = self.diagonal
+            self._diagonal = self.diagonal  # first: what fails half-way leaves it changed, too
             # the half that is not computed has room for the factor
             self._derived[key] = InverseFactor.of(self.sums, damping, into=self.sums.T)
-            self._diagonal = diagonal
         return cast(InverseFactor, self._derived[key])
 
 

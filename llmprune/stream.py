@@ -184,7 +184,7 @@ class Streaming:
         else:
             finished = missing[0]
         last = f"block {finished - 1}"
-        whole = all(i >= finished for i in missing) and missing == list(range(finished, self.depth))
+        whole = missing == list(range(finished, self.depth))
         if finished and whole:
             left = steps[last]["hidden"]
             good = self.ranks.gather(hidden.restore(left[self.ranks.rank]))

@@ -10,14 +10,14 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from llmprune.checkpoint.tensors import DTYPES, Stored, raw
+from llmprune.checkpoint.tensors import DTYPES, Stored, raw, size_of
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -43,10 +43,7 @@ class Place:
     @property
     def bytes(self) -> int:
         """Its size."""
-        count = self.dtype.itemsize
-        for extent in self.shape:
-            count *= extent
-        return count
+        return size_of(self.dtype, self.shape)
 
 
 class Shards:
@@ -194,7 +191,7 @@ def _split(
     files: list[list[tuple[str, torch.dtype, tuple[int, ...]]]] = [[]]
     size = 0
     for key, dtype, shape in tensors:
-        mine = Place("", 0, dtype, shape).bytes
+        mine = size_of(dtype, shape)
         if files[-1] and size + mine > most:
             files.append([])
             size = 0
@@ -209,8 +206,3 @@ def _write_all(handle: int, content: memoryview, at: int) -> int:
     while done < len(content):
         done += os.pwrite(handle, content[done : done + 2**30], at + done)
     return done
-
-
-def weight_files(places: Mapping[str, Place]) -> list[str]:
-    """The names of the files, each once."""
-    return sorted({place.shard for place in places.values()})

@@ -56,6 +56,7 @@ class Shelf:
         self._mapping = _mapping(model)
         self._transforms = _sorted_out(self._mapping)
         self._targets = self._resolve()
+        self._keys = self._by_block()
         self.tied = self._ties()
         for module in model.modules():
             for name, buffer in module._buffers.items():
@@ -132,12 +133,14 @@ class Shelf:
 
     def keys(self, block: int | None) -> list[str]:
         """File keys of one block; None for everything that is in no block and yet in the model."""
+        return self._keys.get(block, [])
+
+    def _by_block(self) -> dict[int | None, list[str]]:
         inside = re.compile(rf"{re.escape(self.prefix)}\.(\d+)\.")
-        found = []
+        found: dict[int | None, list[str]] = {}
         for key, target in self._targets.items():
             match = inside.match(target)
-            if (int(match[1]) if match else None) == block:
-                found.append(key)
+            found.setdefault(int(match[1]) if match else None, []).append(key)
         return found
 
     def load(self, block: int, stored: Mapping[str, Stored] | None = None) -> None:

@@ -6,8 +6,9 @@ that no mapped page outlives the block that needed it.
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,10 +52,12 @@ class Stored:
     @property
     def bytes(self) -> int:
         """Size on disk."""
-        count = self.dtype.itemsize
-        for extent in self.shape:
-            count *= extent
-        return count
+        return size_of(self.dtype, self.shape)
+
+
+def size_of(dtype: torch.dtype, shape: Sequence[int]) -> int:
+    """Bytes of a tensor."""
+    return dtype.itemsize * math.prod(shape)
 
 
 def index(files: Files) -> dict[str, Stored]:
