@@ -1,0 +1,135 @@
+"""What the headers of sparse files say of their packed matrices (docs/format.md), checked.
+
+Nothing of the tensors is read here, and nothing is reserved: a header that lies is refused by what the
+headers themselves say.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from llmprune.errors import CheckpointError
+from llmprune.kernels.packed import bitmap_shape, packed_bytes
+
+FORMAT_VERSION = 1
+VALUES, BITMAP = "_values", "_bitmap"
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_VERSION_KEY, _PACKED_KEY = "llmprune.format_version", "llmprune.packed"
+_PATTERN = re.compile(r"unstructured|[1-9][0-9]{0,3}:[1-9][0-9]{0,3}")
+_LARGEST = 2**63 - 1  # what an offset can reach
+
+Entry = tuple[str, Sequence[int]]
+"""dtype as safetensors names it, and shape."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a header says of one packed matrix.
+
+    Attributes:
+        shape: (..., rows, columns) of the dense tensor.
+        dtype: `BF16`, `F16` or `F32`.
+        pattern: `n:m` or `unstructured`; a claim, until the bitmap has been looked at.
+        axis: `rows` where the groups lie along the last dimension, `columns` along the one before.
+        kept: number of kept values.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    pattern: str
+    axis: str
+    kept: int
+
+    @property
+    def weights(self) -> int:
+        """Number of weights of the dense tensor."""
+        return math.prod(self.shape)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Of the values."""
+        return DTYPES[self.dtype]
+
+    @property
+    def bytes(self) -> int:
+        """What the matrix takes in the file."""
+        return packed_bytes(self.shape, self.kept, self.torch_dtype.itemsize)
+
+
+def metadata(specs: Mapping[str, Spec]) -> dict[str, str]:
+    """The `__metadata__` of a file that holds the packed matrices `specs`, by dense name."""
+    entries = {}
+    for name, spec in specs.items():
+        entries[name] = asdict(spec)
+        del entries[name]["kept"]  # the length of the values says it
+    plain = {"format": "pt"}
+    if not specs:
+        return plain
+    packed = json.dumps(entries, separators=(",", ":"), sort_keys=True)
+    return {**plain, _VERSION_KEY: str(FORMAT_VERSION), _PACKED_KEY: packed}
+
+
+def specs(file: str, about: Mapping[str, str], tensors: Mapping[str, Entry]) -> dict[str, Spec]:
+    """The packed matrices of a file by dense name; empty for a dense file.
+
+    Args:
+        file: what errors call it.
+        about: its `__metadata__`.
+        tensors: dtype and shape of each of its tensors.
+
+    Raises:
+        CheckpointError: for another version of the format, or anything that docs/format.md forbids.
+    """
+    if _PACKED_KEY not in about and _VERSION_KEY not in about:
+        return {}
+    if (version := about.get(_VERSION_KEY)) != str(FORMAT_VERSION):
+        raise CheckpointError(
+            f"{file} is in version {version!r:.20} of the sparse format; this llmprune reads version "
+            f"{FORMAT_VERSION}: update llmprune, or write the file again"
+        )
+    try:
+        entries = json.loads(about.get(_PACKED_KEY, ""))
+    except (ValueError, RecursionError) as error:
+        raise _broken(file, f"llmprune.packed is no JSON ({str(error)[:80]})") from error
+    if not isinstance(entries, dict):
+        raise _broken(file, "llmprune.packed is no JSON object")
+    return {name: _spec(file, name, entry, tensors) for name, entry in entries.items()}
+
+
+def _spec(file: str, name: str, entry: Any, tensors: Mapping[str, Entry]) -> Spec:
+    """One entry of `llmprune.packed`, held against the tensors that it is about."""
+    if not isinstance(entry, dict) or set(entry) != {"shape", "dtype", "pattern", "axis"}:
+        raise _broken(file, f"{name[:80]} needs shape, dtype, pattern and axis")
+    shape, dtype, pattern, axis = (entry[k] for k in ("shape", "dtype", "pattern", "axis"))
+    whole = isinstance(shape, list) and all(type(n) is int and n > 0 for n in shape)
+    if not whole or len(shape) < 2 or math.prod(shape) > _LARGEST:
+        raise _broken(file, f"{name[:80]} has shape {str(shape)[:80]}")
+    if dtype not in NAMES.values():
+        raise _broken(file, f"{name[:80]} has dtype {str(dtype)[:20]}")
+    if axis not in ("rows", "columns"):
+        raise _broken(file, f"{name[:80]} has axis {str(axis)[:20]}")
+    if not isinstance(pattern, str) or not _PATTERN.fullmatch(pattern):
+        raise _broken(file, f"{name[:80]} has pattern {str(pattern)[:20]}")
+    values, bitmap = tensors.get(name + VALUES), tensors.get(name + BITMAP)
+    if values is None or bitmap is None:
+        raise _broken(file, f"{name[:80]} lacks its {VALUES if values is None else BITMAP} tensor")
+    want = bitmap_shape(shape)
+    if bitmap[0] != "U8" or tuple(bitmap[1]) != want:
+        raise _broken(file, f"the bitmap of {name[:80]} is {bitmap[0]} {list(bitmap[1])}")
+    if values[0] != dtype or len(values[1]) != 1 or values[1][0] > math.prod(shape):
+        raise _broken(file, f"the values of {name[:80]} are {values[0]} {list(values[1])}")
+    if tuple(tensors.get(name, ("", (0,)))[1]) != (0,):
+        raise _broken(file, f"{name[:80]} is both packed and dense")
+    return Spec(tuple(shape), dtype, pattern, axis, values[1][0])
+
+
+def _broken(file: str, why: str) -> CheckpointError:
+    return CheckpointError(f"{file} is no valid sparse file: {why}; get it again")
