@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from llmprune.report import Report as Report
     from llmprune.run import PruneConfig as PruneConfig
     from llmprune.run import prune as prune
+    from llmprune.runtime.linear import SparseLinear as SparseLinear
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,7 @@ _HOME = {
     "NM": "pattern",
     "PruneConfig": "run",
     "Report": "report",
+    "SparseLinear": "runtime.linear",
     "Unstructured": "pattern",
     "masks": "model",
     "prune": "run",
@@ -44,3 +46,13 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return [*__all__, "__version__"]
+
+
+def _of_kernels(name: str) -> Any:
+    """`llmprune.kernels.explain`: that folder has no __init__.py to hold it (see CONTRIBUTING.md)."""
+    if name != "explain":
+        raise AttributeError(f"module 'llmprune.kernels' has no attribute {name!r}")
+    return import_module("llmprune.kernels.choice").explain
+
+
+vars(import_module("llmprune.kernels"))["__getattr__"] = _of_kernels

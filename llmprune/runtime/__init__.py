@@ -1,0 +1,1 @@
+"""Layers that hold pruned weights packed, in memory and at work."""
