@@ -53,6 +53,14 @@ class Echoed(Exception):
     """A process ends because another one has, which says why."""
 
 
+def short(text: object, most: int = 80) -> str:
+    """What a file says, for a message: at most `most` characters, on one line, none that a terminal obeys."""
+    said = str(text)[: 4 * most]
+    line = " ".join(said.split()) or repr(said)
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line[:most])
+    return shown if len(shown) <= most and len(line) <= most else shown[: most - 3] + "..."
+
+
 def nearest(name: str, known: "list[str] | tuple[str, ...]") -> str:
     """A hint for a mistyped `name`: `did you mean 'wanda'? Known: magnitude, sparsegpt, wanda`."""
     from difflib import get_close_matches

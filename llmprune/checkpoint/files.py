@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from llmprune.errors import CheckpointError
+from llmprune.errors import CheckpointError, short
 from llmprune.hub import failing
 
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_LARGEST_JSON = 100_000_000  # bytes; safetensors reads no longer header either
 _CONVERT = (
     "only safetensors are read; convert it once, where you trust it: "
     "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
@@ -39,16 +42,23 @@ class Files:
         """A JSON file as a dictionary, an empty one where there is none.
 
         Raises:
-            CheckpointError: when it is no JSON object.
+            CheckpointError: when it is no JSON object, or lies outside of the checkpoint.
         """
         if name not in self.names:
             return {}
+        path = self.fetch(name)
         try:
-            found = json.loads(self.fetch(name).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{name} of {self.source} cannot be read: {error}") from error
+            if (size := path.stat().st_size) > _LARGEST_JSON:
+                raise CheckpointError(
+                    f"{name} of {self.source} has {size:,} bytes; no more than {_LARGEST_JSON:,} are read"
+                )
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise CheckpointError(
+                f"{name} of {self.source} cannot be read ({short(error, 160)}); get it again"
+            ) from error
         if not isinstance(found, dict):
-            raise CheckpointError(f"{name} of {self.source} is no JSON object")
+            raise CheckpointError(f"{name} of {self.source} is no JSON object; get it again")
         return found
 
     def shards(self) -> dict[str, list[str] | None]:
@@ -66,30 +76,34 @@ class Files:
             return dict.fromkeys(found)
         if pickles := [n for n in self.names if n.endswith(_PICKLES)]:
             raise CheckpointError(
-                f"{self.source} holds pickle files only ({pickles[0]}); {_CONVERT}"
+                f"{self.source} holds pickle files only ({short(pickles[0])}); {_CONVERT}"
             )
         raise CheckpointError(f"{self.source} holds no .safetensors file")
 
     def _indexed(self) -> dict[str, list[str] | None]:
-        shards: dict[str, list[str] | None] = {}
+        shards: dict[str, list[str]] = {}
         index = self.json(_INDEX).get("weight_map")
         if not isinstance(index, dict) or not index:
-            raise CheckpointError(f"{_INDEX} of {self.source} has no weight_map")
+            raise CheckpointError(f"{_INDEX} of {self.source} has no weight_map; get it again")
+        there = frozenset(self.names)
         for key, shard in index.items():
-            path = PurePosixPath(str(shard).replace("\\", "/"))
+            if not isinstance(shard, str):
+                raise CheckpointError(
+                    f"{_INDEX} of {self.source} names {short(shard)} as the file of {short(key)}; "
+                    "get it again"
+                )
+            path = PurePosixPath(shard.replace("\\", "/"))
             if path.is_absolute() or ".." in path.parts:
                 raise CheckpointError(
-                    f"{_INDEX} of {self.source} names {shard!r}, outside of the checkpoint; "
+                    f"{_INDEX} of {self.source} names {short(shard)!r}, outside of the checkpoint; "
                     "do not trust it"
                 )
-            if shard not in self.names:
+            if shard not in there:
                 raise CheckpointError(
-                    f"{shard} of {self.source} is missing; the index expects {key} in it: "
-                    "copy or download it again"
+                    f"{short(shard)} of {self.source} is missing; the index expects {short(key)} in "
+                    "it: copy or download it again"
                 )
-            keys = shards.setdefault(str(shard), [])
-            assert keys is not None
-            keys.append(str(key))
+            shards.setdefault(shard, []).append(key)
         return dict(sorted(shards.items()))
 
 
@@ -102,8 +116,7 @@ def find(source: str | Path, revision: str | None = None, token: str | None = No
     """
     path, name = Path(source).expanduser(), str(source)
     if path.is_dir():
-        inside = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
-        return Files(name, tuple(inside), path.joinpath)
+        return Files(name, tuple(sorted(_listed(path))), partial(_inside, path))
     if path.is_file():
         if path.suffix != ".safetensors":
             why = _CONVERT if path.suffix in _PICKLES else "pass a folder or a .safetensors file"
@@ -114,6 +127,41 @@ def find(source: str | Path, revision: str | None = None, token: str | None = No
             f"no folder or file {name!r}, and no Hub id either (those read user/name)"
         )
     return _on_hub(name, revision, token)
+
+
+def _listed(folder: Path) -> Iterator[str]:
+    """Every regular file below `folder`, or link to one; links to folders are not followed."""
+    for place, _, names in os.walk(folder):
+        for path in (Path(place, name) for name in names):
+            try:
+                regular = path.is_file()
+            except OSError:  # a link into a folder that we may not look into
+                continue
+            if regular:
+                yield path.relative_to(folder).as_posix()
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """The path of a file of a checkpoint in `folder`.
+
+    A link is followed to where the checkpoint is: into the folder, or from a snapshot in the cache of
+    the Hub's client, which is made of links, to the blobs beside it.
+
+    Raises:
+        CheckpointError: for a link to anywhere else, which might be a file that is nobody's business.
+    """
+    real, home = Path(os.path.realpath(folder / name)), Path(os.path.realpath(folder))
+    homes = [home]
+    for snapshot in (home, *home.parents):
+        repo = snapshot.parent.parent
+        if snapshot.parent.name == "snapshots" and repo.name.startswith("models--"):
+            homes += [repo / "blobs", repo.parent / "blobs"]  # the second one is for all models
+    if not any(real.is_relative_to(h) for h in homes):
+        raise CheckpointError(
+            f"{short(name)} of {folder} is a link to {short(real)}, outside of the checkpoint; if you "
+            "trust it, put a copy in its place"
+        )
+    return folder / name
 
 
 def _on_hub(name: str, revision: str | None, token: str | None) -> Files:

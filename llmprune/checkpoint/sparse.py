@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from llmprune.errors import CheckpointError
+from llmprune.errors import CheckpointError, short
 from llmprune.kernels.packed import bitmap_shape, packed_bytes
 
 FORMAT_VERSION = 1
@@ -23,8 +23,10 @@ VALUES, BITMAP = "_values", "_bitmap"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _VERSION_KEY, _PACKED_KEY = "llmprune.format_version", "llmprune.packed"
-_PATTERN = re.compile(r"unstructured|[1-9][0-9]{0,3}:[1-9][0-9]{0,3}")
+_PATTERN = re.compile(r"unstructured|([1-9][0-9]{0,3}):([1-9][0-9]{0,3})")
 _LARGEST = 2**63 - 1  # what an offset can reach
+_WIDEST = 4  # bytes of a float32
+_DIMENSIONS = 8  # more than any weight has; torch stops at 64
 
 Entry = tuple[str, Sequence[int]]
 """dtype as safetensors names it, and shape."""
@@ -92,44 +94,72 @@ def specs(file: str, about: Mapping[str, str], tensors: Mapping[str, Entry]) -> 
         return {}
     if (version := about.get(_VERSION_KEY)) != str(FORMAT_VERSION):
         raise CheckpointError(
-            f"{file} is in version {version!r:.20} of the sparse format; this llmprune reads version "
-            f"{FORMAT_VERSION}: update llmprune, or write the file again"
+            f"{short(file)} is in version {short(repr(version), 20)} of the sparse format; this llmprune "
+            f"reads version {FORMAT_VERSION}: update llmprune, or write the file again"
         )
     try:
-        entries = json.loads(about.get(_PACKED_KEY, ""))
+        entries = json.loads(about.get(_PACKED_KEY, ""), object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
-        raise _broken(file, f"llmprune.packed is no JSON ({str(error)[:80]})") from error
+        raise _broken(file, f"llmprune.packed is no JSON ({short(error)})") from error
     if not isinstance(entries, dict):
         raise _broken(file, "llmprune.packed is no JSON object")
+    for name in entries:
+        if any(name + part in entries for part in (VALUES, BITMAP)) or name == "__metadata__":
+            raise _broken(file, f"{short(name)} is a matrix, and another name needs its place")
     return {name: _spec(file, name, entry, tensors) for name, entry in entries.items()}
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object in which no key stands twice: which one counts would be anybody's guess."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key stands there twice")
+    return found
 
 
 def _spec(file: str, name: str, entry: Any, tensors: Mapping[str, Entry]) -> Spec:
     """One entry of `llmprune.packed`, held against the tensors that it is about."""
     if not isinstance(entry, dict) or set(entry) != {"shape", "dtype", "pattern", "axis"}:
-        raise _broken(file, f"{name[:80]} needs shape, dtype, pattern and axis")
+        raise _broken(file, f"{short(name)} needs shape, dtype, pattern and axis")
     shape, dtype, pattern, axis = (entry[k] for k in ("shape", "dtype", "pattern", "axis"))
-    whole = isinstance(shape, list) and all(type(n) is int and n > 0 for n in shape)
-    if not whole or len(shape) < 2 or math.prod(shape) > _LARGEST:
-        raise _broken(file, f"{name[:80]} has shape {str(shape)[:80]}")
+    if not _possible(shape):
+        raise _broken(file, f"{short(name)} has shape {short(shape)}")
     if dtype not in NAMES.values():
-        raise _broken(file, f"{name[:80]} has dtype {str(dtype)[:20]}")
+        raise _broken(file, f"{short(name)} has dtype {short(dtype)}")
     if axis not in ("rows", "columns"):
-        raise _broken(file, f"{name[:80]} has axis {str(axis)[:20]}")
-    if not isinstance(pattern, str) or not _PATTERN.fullmatch(pattern):
-        raise _broken(file, f"{name[:80]} has pattern {str(pattern)[:20]}")
+        raise _broken(file, f"{short(name)} has axis {short(axis)}")
+    if not isinstance(pattern, str) or not _fits(pattern, shape[-1 if axis == "rows" else -2]):
+        raise _broken(file, f"{short(name)} of shape {shape} has pattern {short(pattern)}")
     values, bitmap = tensors.get(name + VALUES), tensors.get(name + BITMAP)
     if values is None or bitmap is None:
-        raise _broken(file, f"{name[:80]} lacks its {VALUES if values is None else BITMAP} tensor")
-    want = bitmap_shape(shape)
-    if bitmap[0] != "U8" or tuple(bitmap[1]) != want:
-        raise _broken(file, f"the bitmap of {name[:80]} is {bitmap[0]} {list(bitmap[1])}")
+        raise _broken(
+            file, f"{short(name)} lacks its {VALUES if values is None else BITMAP} tensor"
+        )
+    if bitmap[0] != "U8" or tuple(bitmap[1]) != bitmap_shape(shape):
+        raise _broken(file, f"the bitmap of {short(name)} is {bitmap[0]} {short(bitmap[1])}")
     if values[0] != dtype or len(values[1]) != 1 or values[1][0] > math.prod(shape):
-        raise _broken(file, f"the values of {name[:80]} are {values[0]} {list(values[1])}")
+        raise _broken(file, f"the values of {short(name)} are {values[0]} {short(values[1])}")
     if tuple(tensors.get(name, ("", (0,)))[1]) != (0,):
-        raise _broken(file, f"{name[:80]} is both packed and dense")
+        raise _broken(file, f"{short(name)} is both packed and dense")
     return Spec(tuple(shape), dtype, pattern, axis, values[1][0])
 
 
+def _possible(shape: Any) -> bool:
+    """Whether a tensor can have this shape: few whole numbers (True is none), whose product is an offset."""
+    if not isinstance(shape, list) or not 2 <= len(shape) <= _DIMENSIONS:
+        return False
+    whole = all(type(n) is int and 0 < n <= _LARGEST for n in shape)
+    return whole and math.prod(shape) * _WIDEST <= _LARGEST
+
+
+def _fits(pattern: str, length: int) -> bool:
+    """Whether groups of `pattern` can lie along a dimension."""
+    if not (found := _PATTERN.fullmatch(pattern)):
+        return False
+    return pattern == "unstructured" or (
+        int(found[1]) < int(found[2]) and length % int(found[2]) == 0
+    )
+
+
 def _broken(file: str, why: str) -> CheckpointError:
-    return CheckpointError(f"{file} is no valid sparse file: {why}; get it again")
+    return CheckpointError(f"{short(file)} is no valid sparse file: {why}; get it again")

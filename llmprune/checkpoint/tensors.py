@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llmprune.checkpoint.files import Files
-from llmprune.errors import CheckpointError
+from llmprune.errors import CheckpointError, short
 
 DTYPES = {
     "F64": torch.float64,
@@ -95,7 +95,8 @@ class opened:
             return self._file.__enter__()
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
-                f"{self.path} cannot be read ({error}); it is damaged: copy or download it again"
+                f"{short(self.path, 200)} cannot be read ({short(error, 160)}); it is damaged: copy or "
+                "download it again"
             ) from error
 
     def __exit__(self, *error: object) -> None:

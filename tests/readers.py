@@ -1,0 +1,72 @@
+"""Everything of llmprune that reads a checkpoint, each called as a program would."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from hostile import INDEX
+
+from llmprune.checkpoint import files, sparse, tensors
+from llmprune.checkpoint.inspect import inspect
+
+Reader = Callable[[Path, Path], object]
+
+
+def listing(folder: Path, scratch: Path) -> object:
+    """The files, what the index says of them, and the JSON beside them."""
+    found = files.find(folder)
+    names = ("config.json", "sparse.json", "llmprune.json", INDEX)
+    return [found.json(name) for name in names], found.shards()
+
+
+def values(folder: Path, scratch: Path) -> object:
+    """Every tensor, in pieces; the first two rows of each once more."""
+    found = tensors.index(files.find(folder))
+    for key, stored in found.items():
+        taken = sum(piece.nbytes for piece in tensors.pieces(stored, key))
+        assert taken == stored.bytes
+        if len(stored.shape) > 1 and stored.shape[0] > 1:
+            tensors.read_rows(stored, key, torch.tensor([0, 1]))
+        tensors.Later(stored, key, None)[...]
+    return found
+
+
+def inspection(folder: Path, scratch: Path) -> object:
+    """`python -m llmprune inspect`, in all its forms."""
+    found = inspect(folder)
+    text = json.dumps(found.as_dict()) + found.table() + found.layers()
+    odd = [c for c in text if not c.isprintable() and c != "\n"]
+    assert not odd, f"prints {odd[0]!r}"
+    return text.encode()
+
+
+def one_file(folder: Path, scratch: Path) -> object:
+    """A safetensors file by its own path; a link that someone names is that person's choice."""
+    there = [p for p in sorted(folder.glob("*.safetensors")) if not p.is_symlink()]
+    path = next(iter(there), folder / "model.safetensors")
+    if path.is_symlink():
+        return None
+    return inspect(path).as_dict()
+
+
+def specs(folder: Path, scratch: Path) -> object:
+    """What the headers say of packed matrices."""
+    found = files.find(folder)
+    said = []
+    for shard in found.shards():
+        with tensors.opened(found.fetch(shard)) as file:
+            entries = {}
+            for key in file.keys():  # noqa: SIM118
+                entry = file.get_slice(key)
+                entries[key] = (str(entry.get_dtype()), entry.get_shape())
+            said.append(sparse.specs(shard, file.metadata() or {}, entries))
+    return said
+
+
+READERS: dict[str, Reader] = {
+    "files": listing,
+    "specs": specs,
+}
