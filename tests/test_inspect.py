@@ -1,6 +1,7 @@
 """What the files hold, told from the files: against dense brute force, and every way to be damaged."""
 
 import json
+import time
 from itertools import product
 from pathlib import Path
 
@@ -58,8 +59,13 @@ def test_parts_join_up(monkeypatch: pytest.MonkeyPatch) -> None:
     tensor = masked((3, 64, 96), 4, 8)
     flipped = tensor.transpose(1, 2).contiguous()
     whole = take(tensor, BOTH), take(flipped, BOTH)
-    monkeypatch.setattr(census, "AT_ONCE", 1)
-    assert (take(tensor, BOTH), take(flipped, BOTH)) == whole
+    for weights in (
+        1,
+        64 * 96 + 1,
+        2 * 64 * 96,
+    ):  # pieces of a matrix; one; two, and the third alone
+        monkeypatch.setattr(census, "AT_ONCE", weights)
+        assert (take(tensor, BOTH), take(flipped, BOTH)) == whole
     assert [w.pattern for w in whole] == [(4, 8), (4, 8)]
 
 
@@ -88,6 +94,19 @@ def test_every_shape_and_dtype(shape: tuple[int, ...], dtype: torch.dtype) -> No
     values = torch.randint(0, 2, shape).float() * torch.tensor([-1.0])
     values = values.reshape(shape)  # holds minus zeros
     assert take(values.to(dtype), BOTH).zeros == int((values == 0).sum())
+
+
+def test_groups_down_a_single_column() -> None:
+    column = masked((8, 4), 2, 4).reshape(-1, 1)
+    assert take(column, BOTH) == census.Census(16, (2, 4), "columns")
+    assert take(torch.stack([column, column]), BOTH) == census.Census(32, (2, 4), "columns")
+
+
+def test_very_many_tiny_matrices_are_looked_at_together() -> None:
+    tensor = torch.zeros(1_000_000, 1, 1)
+    begun = time.process_time()
+    assert take(tensor, BOTH).zeros == 1_000_000
+    assert time.process_time() - begun < 5  # one at a time takes 50 s
 
 
 def test_integers_have_no_zeros() -> None:

@@ -69,7 +69,7 @@ class _Groups:
         if not self.seen:
             return
         bits = nonzero if self.axis == "rows" else nonzero.T
-        fours = bits.contiguous().view(torch.int32).flatten()  # four bytes of 0 or 1 each
+        fours = bits.contiguous().flatten().view(torch.int32)  # four bytes of 0 or 1 each
         counts = (fours * 0x01010101 >> 24).to(torch.int8)  # the product's top byte is their sum
         for m in GROUPS:
             if m > GROUPS[0]:
@@ -99,8 +99,16 @@ class _Groups:
 
 
 def _parts(matrix: Tensor, rows: int) -> Iterator[Tensor]:
-    """Slices of whole rows, cut where neither a group of rows nor one of several matrices is cut."""
-    step = max(1, AT_ONCE // max(1, matrix.shape[1]) // GROUPS[-1]) * GROUPS[-1]
+    """Slices of whole rows, cut where neither a group of rows nor one of several matrices is cut.
+
+    Matrices that are small go together: a file may hold very many of a single weight.
+    """
+    columns = max(1, matrix.shape[1])
+    if several := AT_ONCE // (rows * columns):
+        for first in range(0, matrix.shape[0], several * rows):
+            yield matrix[first : first + several * rows]
+        return
+    step = max(1, AT_ONCE // columns // GROUPS[-1]) * GROUPS[-1]
     for first in range(0, matrix.shape[0], rows):
         for start in range(first, first + rows, step):
             yield matrix[start : min(start + step, first + rows)]
