@@ -31,7 +31,16 @@ FLOORS = (
     {"__main__"},
 )
 MIDDLE = 4
-HEAVY = {"torch", "transformers", "triton", "datasets", "accelerate", "numpy", "safetensors"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "triton",
+    "datasets",
+    "accelerate",
+    "numpy",
+    "numba",
+    "safetensors",
+}
 
 LONG_FILE, LONG_FUNCTION = 300, 50  # the proportions of the code this project models itself on
 LONG = {
@@ -102,8 +111,8 @@ def test_no_import_points_up(path: Path) -> None:
 
 
 @each([p for p in SOURCES if room(module_of(p)) == "kernels"])
-def test_kernels_know_torch_and_triton_only(path: Path) -> None:
-    allowed = sys.stdlib_module_names | {"torch", "triton"}
+def test_kernels_know_torch_and_compilers_only(path: Path) -> None:
+    allowed = sys.stdlib_module_names | {"torch", "triton", "numba", "llvmlite"}
     for line, name in imports(path):
         inside = name.startswith("llmprune.kernels.")
         assert inside or name.split(".")[0] in allowed, f"line {line}: {name}"
