@@ -20,7 +20,7 @@ from torch import Tensor
 from . import packed_torch
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_BITS = {2: torch.int16, 4: torch.int32}
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Packed:
     """A packed tensor.
 
     Attributes:
-        values: [kept] bfloat16, float16 or float32, row-major.
+        values: [kept] bfloat16, float16 or float32, row-major; float64 too, which no file holds.
         bitmap: [..., rows, ceil(columns / 8)] uint8, least significant bit first; 1 is kept.
         shape: (..., rows, columns) of the dense tensor.
     """
@@ -212,7 +212,8 @@ def _fits(packed: Packed) -> None:
     values, bitmap = packed.values, packed.bitmap
     if len(packed.shape) < 2 or tuple(bitmap.shape) != bitmap_shape(packed.shape):
         raise ValueError(f"a bitmap {list(bitmap.shape)} is none of a tensor {list(packed.shape)}")
-    if bitmap.dtype != torch.uint8 or values.dtype not in DTYPES or values.ndim != 1:
+    known = values.dtype in (*DTYPES, torch.float64)
+    if bitmap.dtype != torch.uint8 or not known or values.ndim != 1:
         raise ValueError(
             f"values are {values.dtype} {list(values.shape)} and the bitmap is {bitmap.dtype}"
         )

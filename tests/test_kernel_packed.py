@@ -209,6 +209,15 @@ def test_unpacking_writes_where_it_is_told(threads: int) -> None:
     assert (room[..., [0, 10, 11]] == 7).all()
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_float64_is_expanded(shape: tuple[int, ...], threads: int) -> None:
+    """For layers that were cast in memory, to check gradients with."""
+    dense = sparse(shape, torch.float32)
+    packed = pack(dense)
+    cast = Packed(packed.values.double(), packed.bitmap, shape)
+    assert torch.equal(unpack(cast), dense.double())
+
+
 def lies() -> dict[str, Packed]:
     """Packed tensors that contradict themselves."""
     packed = pack(sparse((33, 41), torch.bfloat16))
@@ -227,7 +236,7 @@ def lies() -> dict[str, Packed]:
         "another shape": Packed(values, bitmap, (41, 33)),
         "one dimension": Packed(values, bitmap, (33 * 41,)),
         "a bitmap of another dtype": Packed(values, bitmap.to(torch.int8), shape),
-        "values of another dtype": Packed(values.double(), bitmap, shape),
+        "values of another dtype": Packed(values.view(torch.int16), bitmap, shape),
         "values of two dimensions": Packed(values[None], bitmap, shape),
         "a bitmap on another device": Packed(values, bitmap.to("meta"), shape),
         "on the device meta": packed.to("meta"),
