@@ -20,7 +20,9 @@ from torch import Tensor
 
 from . import packed_numba as loops
 
-_SHARE = 2**19  # fewest weights worth a thread: 40 microseconds of work, as long as handing it over
+_SHARE = 2**20  # fewest weights worth a thread: they take several times as long as handing them over
+    2**19
+)  # fewest weights worth a thread: expanding them takes about as long as handing them over
 _LARGE = 2**22  # bytes from which memory is asked for in pages of 2 MiB
 _HUGE_PAGES = 14  # MADV_HUGEPAGE of Linux
 
@@ -28,8 +30,7 @@ _HUGE_PAGES = 14  # MADV_HUGEPAGE of Linux
 def empty(shape: Sequence[int], like: Tensor) -> Tensor:
     """Memory for what is about to be written, of the dtype of `like`.
 
-    The first touch of each 4 KiB page takes longer than writing it (a copy into fresh memory: 1.0 GB/s, into
-    2 MiB pages 3.7, on the machine of benchmarks/results/codec-cpu.json), so Linux is asked for large ones.
+    The first touch of each page of 4 KiB takes longer than filling it, so Linux is asked for large pages.
     """
     fresh = like.new_empty(shape)
     if fresh.nbytes >= _LARGE and sys.platform == "linux":
@@ -49,7 +50,7 @@ def pack_bits(bits: Tensor) -> Tensor:
 def row_starts(bitmap: Tensor) -> Tensor:
     """Int64 [rows + 1]: the number of one bits before each row of uint8 [rows, width], and of all."""
     starts = torch.zeros(len(bitmap) + 1, dtype=torch.int64)
-    _count(bitmap, starts[1:], _ranges(len(bitmap), 8 * bitmap.shape[1]))
+    _count(bitmap, starts[1:])
     starts.cumsum_(0)
     return starts
 
@@ -84,9 +85,9 @@ def expand(bitmap: Tensor, columns: int, values: Tensor, first: int, out: Tensor
     ranges = _ranges(len(bitmap), columns)
     firsts = [first]
     if len(ranges) > 1:
-        counts = torch.zeros(len(bitmap), dtype=torch.int64)
-        _count(bitmap, counts, ranges)
-        firsts += (first + counts.cumsum(0))[[end - 1 for _, end in ranges[:-1]]].tolist()
+        before = torch.zeros(ranges[-1][0], dtype=torch.int64)
+        _count(bitmap[: len(before)], before)
+        firsts += [first + int(before[:begin].sum()) for begin, _ in ranges[1:]]
     bits, target = (_flat(bitmap), bitmap.stride(0), columns), (_flat(out), out.stride(0))
     jobs = [(*bits, values[at:].numpy(), *target, *r) for at, r in zip(firsts, ranges, strict=True)]
     ends = _run(loops.expand_rows, jobs)
@@ -110,11 +111,12 @@ def _mark(keep: Tensor) -> tuple[Tensor, Tensor]:
     return bitmap, starts
 
 
-def _count(bitmap: Tensor, counts: Tensor, ranges: Sequence[tuple[int, int]]) -> None:
+def _count(bitmap: Tensor, counts: Tensor) -> None:
     """Write the number of one bits of each row."""
     bitmap = _rows(bitmap)
     shared = (_flat(bitmap), bitmap.stride(0), bitmap.shape[1], counts.numpy())
-    _run(loops.count_rows, [(*shared, *r) for r in ranges])
+    # By bytes: counting eight weights takes no longer than expanding one.
+    _run(loops.count_rows, [(*shared, *r) for r in _ranges(*bitmap.shape)])
 
 
 def _rows(matrix: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import importlib
 import json
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -63,3 +64,30 @@ def test_the_outputs_of_both_are_the_same(speed: Any) -> None:
     bench.block.load_state_dict(bench.dense)
     dense = bench.forward(bench.hidden)
     assert (a - dense).norm() > 10 * (a - b).norm()  # pruning itself changed far more
+
+
+def test_packing_is_timed_beside_copies(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "codec.json"
+    command = [sys.executable, "benchmarks/codec.py", "--small", "--out", str(out)]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    cases = json.loads(out.read_text())["cases"]
+    assert [(c["dtype"], c["pattern"], c["threads"]) for c in cases] == list(
+        product(("bfloat16", "float16", "float32"), ("0.5", "0.7", "2:4"), (1, 2))
+    )
+    jobs = ["copy", "clone", "pack", "pack by mask", "unpack", "unpack fresh"]
+    assert [[row["job"] for row in case["rows"]][:6] for case in cases] == [jobs] * 18
+    assert 0.55 < cases[0]["packed_share"] < 0.57  # 9 bits of 16
+    for row in (row for case in cases for row in case["rows"]):
+        low, high = row["quartiles"]
+        assert 0 < low <= row["gb_s"] <= high
+
+
+def test_no_figure_for_a_matrix_that_differs(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    codec = importlib.import_module("codec")
+    dense, keep = codec._matrix([8, 40], torch.float32, "0.5")
+    codec._checked(dense, keep)
+    monkeypatch.setattr(codec, "unpack", lambda packed: -dense)
+    with pytest.raises(SystemExit, match="differ"):
+        codec._checked(dense, keep)
