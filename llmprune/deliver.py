@@ -49,7 +49,7 @@ class Delivery:
             written[key] = shards.write(key, [rounded])
         for key in sorted(set(files) - written.keys()):
             if key in shards.places:
-                written[key] = shards.write(key, tensors.pieces(self.shelf.stored[key], key))
+                written[key] = shards.write(key, tensors.pieces(self.shelf.stored[key]))
         shards.flush()
         return written
 

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
+from llmprune.checkpoint import sparse
+from llmprune.checkpoint.expanded import load_expanded
 from llmprune.checkpoint.quiet import quiet
-from llmprune.errors import ConfigError, ModelError, nearest
+from llmprune.errors import ConfigError, LLMPruneError, ModelError, nearest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -27,6 +29,8 @@ class Source:
         config: transformers config.
         trust_remote_code: whether code from the checkpoint may run.
         revision: branch, tag or commit on the Hub.
+        packed: whether it is in the sparse format (docs/format.md); `config` no longer says so, as a model
+            that is loaded from it is dense.
     """
 
     name: str
@@ -34,6 +38,7 @@ class Source:
     config: Any
     trust_remote_code: bool = False
     revision: str | None = None
+    packed: bool = False
 
     @property
     def folder(self) -> Path | None:
@@ -91,8 +96,9 @@ def check(name: str, *, trust_remote_code: bool = False, revision: str | None = 
         )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(_why_unreadable(name, error)) from error
+    packed = sparse.take_from(config)
     _refuse_config(name, config)
-    return Source(name, path, config, trust_remote_code, revision)
+    return Source(name, path, config, trust_remote_code, revision, packed)
 
 
 def _why_unreadable(name: str, error: Exception) -> str:
@@ -182,23 +188,15 @@ def open_model(
         ModelError: when weights are missing or do not fit the config.
         ConfigError: for an unknown dtype or a device that is not there.
     """
-    from transformers import AutoModelForCausalLM
-
     where = check_choice(dtype, device)
+    device_map = {"": str(where)} if where.type == "cuda" else None
+    load = load_expanded if source.packed else _load
     try:
         with quiet():
-            model, info = AutoModelForCausalLM.from_pretrained(
-                source.path,
-                config=source.config,
-                dtype="auto",
-                use_safetensors=True,
-                output_loading_info=True,
-                trust_remote_code=source.trust_remote_code,
-                revision=source.revision,
-                attn_implementation=attention,
-                device_map={"": str(where)} if where.type == "cuda" else None,
-            )
+            model, info = load(source, device_map, attention)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
+        if isinstance(error, LLMPruneError):
+            raise
         raise ModelError(_why_unloadable(source.name, error)) from error
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
@@ -208,6 +206,25 @@ def open_model(
     model.eval()
     stored = _cast(model, compute_dtype(dtype, where))
     return Opened(model, tokenizer, stored)
+
+
+def _load(
+    source: Source, device_map: dict[str, str] | None, attention: str | None
+) -> tuple[Any, dict[str, Any]]:
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(
+        source.path,
+        config=source.config,
+        dtype="auto",
+        use_safetensors=True,
+        output_loading_info=True,
+        trust_remote_code=source.trust_remote_code,
+        revision=source.revision,
+        attn_implementation=attention,
+        device_map=device_map,
+    )
+    return model, info
 
 
 def _why_unloadable(name: str, error: Exception) -> str:

@@ -211,7 +211,7 @@ class Streaming:
         for key in self._copied():
             self.progress(0, self.depth, f"copying {key}")
             stored = self.shelf.stored[key]
-            written[key] = self.work.shards.write(key, tensors.pieces(stored, key))
+            written[key] = self.work.shards.write(key, tensors.pieces(stored))
         self.work.shards.flush()
         self.work.journal.add("copy", {"tensors": written})
 

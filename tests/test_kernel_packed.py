@@ -86,6 +86,14 @@ def test_every_bit_pattern_survives(dtype: torch.dtype) -> None:
     assert torch.equal(bits(unpack(pack(dense))), bits(dense))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_lone_nan_keeps_its_payload(dtype: torch.dtype) -> None:
+    """Torch assigns a tensor of one element as a number."""
+    kind, payload = (torch.int16, 0x7FC3) if dtype.itemsize == 2 else (torch.int32, 0x7FC00003)
+    dense = torch.tensor([[payload, 0, 0]], dtype=kind).view(dtype)
+    assert torch.equal(bits(unpack(pack(dense))), bits(dense))
+
+
 def test_the_bitmap_is_that_of_numpy() -> None:
     dense = sparse((33, 41), torch.float32)
     expected = np.packbits((dense != 0).numpy(), axis=-1, bitorder="little")

@@ -6,66 +6,20 @@ a zero, whoever put it there.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from llmprune.checkpoint.census import Axis, Census, take
-from llmprune.checkpoint.files import Files, find
+from llmprune.checkpoint.file_census import TensorCensus as TensorCensus
+from llmprune.checkpoint.file_census import read
+from llmprune.checkpoint.files import find
+from llmprune.checkpoint.sparse import DTYPES, FORMAT_VERSION
 from llmprune.checkpoint.target import size
-from llmprune.errors import CheckpointError
 from llmprune.progress import interval
-
-_CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # stored [in, out]
-_TOWERS = {"vision", "visual", "vision_tower", "vision_model", "audio", "audio_tower"}
-_ROUTERS = {"gate", "router", "shared_expert_gate"}
-
-
-@dataclass(frozen=True)
-class TensorCensus:
-    """One tensor of the files.
-
-    Attributes:
-        name: its key.
-        file: the shard that holds it.
-        shape: as it is stored.
-        dtype: as safetensors names it: BF16, F32, F8_E4M3.
-        bytes: its size in the file.
-        zeros: weights that are zero; always 0 for integers.
-        pattern: `2:4` where every group of the tensor holds it, else None.
-        axis: `rows` when the groups lie along the last dimension, `columns` when along the one
-            before.
-        decoder: whether it is a matrix of a decoder block, which is what llmprune prunes by
-            default.
-    """
-
-    name: str
-    file: str
-    shape: tuple[int, ...]
-    dtype: str
-    bytes: int
-    zeros: int
-    pattern: str | None
-    axis: str | None
-    decoder: bool
-
-    @property
-    def weights(self) -> int:
-        """Number of elements."""
-        return prod(self.shape)
-
-    @property
-    def kind(self) -> str:
-        """What is the same in every block: `mlp.up_proj`."""
-        parts = [p for p in self.name.split(".") if not p.isdigit() and p != "weight"]
-        return ".".join(parts[-2:])
 
 
 @dataclass(frozen=True)
@@ -105,6 +59,22 @@ class Inspection:
         held = {t.pattern for t in self.decoder}
         return next(iter(held)) if len(held) == 1 else None
 
+    @property
+    def sparse(self) -> dict[str, Any] | None:
+        """Version, number and bytes of the packed matrices; None where there are none."""
+        found = [t for t in self.tensors if t.packed]
+        if not found:
+            return None
+        dense = sum(t.weights * DTYPES[t.dtype].itemsize for t in found)
+        packed = sum(t.bytes for t in found)
+        return {
+            "format_version": FORMAT_VERSION,
+            "matrices": len(found),
+            "dense_bytes": dense,
+            "packed_bytes": packed,
+            "ratio": packed / dense,
+        }
+
     def as_dict(self) -> dict[str, Any]:
         """Everything as plain JSON types, with the totals."""
         return {
@@ -112,6 +82,7 @@ class Inspection:
             "model_type": self.model_type,
             "files": self.files,
             "bytes": self.bytes,
+            "sparse": self.sparse,
             "decoder": {**_totals(self.decoder), "pattern": self.pattern},
             "everything": _totals(self.tensors),
             "kinds": {kind: _totals(found) for kind, found in self._kinds().items()},
@@ -154,6 +125,12 @@ class Inspection:
         files = "file" if self.files == 1 else "files"
         dtypes_held = ", ".join(sorted({t.dtype for t in self.tensors}))
         lines.append(f"{size(self.bytes)} in {self.files} {files}, {dtypes_held}")
+        if sparse := self.sparse:
+            lines.append(
+                f"stored sparse (format version {sparse['format_version']}): {sparse['matrices']} packed "
+                f"matrices take {size(sparse['packed_bytes'])}, {sparse['ratio']:.4f} of the "
+                f"{size(sparse['dense_bytes'])} that they would take dense"
+            )
         return "\n".join(lines)
 
     def _kinds(self) -> dict[str, list[TensorCensus]]:
@@ -195,68 +172,10 @@ def inspect(
         for shard, keys in shards.items():
             path = files.fetch(shard)
             total += path.stat().st_size
-            for tensor in _read(files, shard, path, keys, model_type):
+            for tensor in read(files, shard, path, keys, model_type):
                 tensors.append(tensor)
                 bar.update()
     return Inspection(str(source), model_type, tuple(tensors), len(shards), total)
-
-
-def _read(
-    files: Files, shard: str, path: Path, keys: Iterable[str] | None, model_type: str | None
-) -> Iterator[TensorCensus]:
-    """The census of the tensors in one file, of those that the index promises or of all."""
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            there = set(file.keys())
-            for name in sorted(there if keys is None else keys):
-                if name not in there:
-                    raise CheckpointError(
-                        f"{shard} of {files.source} lacks {name}, which the index expects in it"
-                    )
-                dtype = str(file.get_slice(name).get_dtype())
-                tensor = file.get_tensor(name)
-                shape = tuple(tensor.shape)
-                decoder = _is_decoder(name, shape, tensor.is_floating_point())
-                census = take(tensor, _axes(model_type, decoder))
-                yield _described(name, shard, shape, dtype, tensor.nbytes, census, decoder)
-    except (OSError, SafetensorError) as error:
-        what = " ".join(str(error).split())
-        raise CheckpointError(
-            f"{shard} of {files.source} is damaged or cut short ({what}); copy or download it again"
-        ) from error
-
-
-def _described(
-    name: str,
-    file: str,
-    shape: tuple[int, ...],
-    dtype: str,
-    count: int,
-    census: Census,
-    decoder: bool,
-) -> TensorCensus:
-    pattern = f"{census.pattern[0]}:{census.pattern[1]}" if census.pattern else None
-    return TensorCensus(
-        name, file, shape, dtype, count, census.zeros, pattern, census.axis, decoder
-    )
-
-
-def _axes(model_type: str | None, decoder: bool) -> tuple[Axis, ...]:
-    """Where the inputs lie; a family that stores its blocks [in, out] has them down the columns."""
-    return ("columns", "rows") if decoder and model_type in _CONV1D else ("rows", "columns")
-
-
-def _is_decoder(name: str, shape: tuple[int, ...], floating: bool) -> bool:
-    """Whether a tensor multiplies hidden states inside a decoder block."""
-    parts = name.split(".")
-    module = parts[-2] if parts[-1] == "weight" and len(parts) > 1 else parts[-1]
-    if not floating or not re.search(r"\.\d+\.", f".{name}") or _TOWERS.intersection(parts):
-        return False
-    if module in _ROUTERS or "router" in parts or "scale" in parts[-1] or "embed" in module:
-        return False
-    if len(shape) == 3:  # fused experts, input_linear in some files; a convolution is no matrix
-        return "conv" not in module and min(shape) > 1
-    return len(shape) == 2 and parts[-1] == "weight"
 
 
 def _share(tensors: Iterable[TensorCensus]) -> float:

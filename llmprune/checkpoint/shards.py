@@ -179,7 +179,7 @@ class Shards:
     def stored(self) -> dict[str, Stored]:
         """The tensors as a reader finds them."""
         return {
-            key: Stored(self.folder / place.shard, place.dtype, place.shape)
+            key: Stored(self.folder / place.shard, place.dtype, place.shape, place.start)
             for key, place in self.places.items()
         }
 

@@ -121,7 +121,7 @@ class Shelf:
         if left not in keys or right not in keys:
             return False
         a, b = keys[left], keys[right]
-        return tensors.same((self.stored[a], a), (self.stored[b], b))
+        return tensors.same(self.stored[a], self.stored[b])
 
     def target(self, key: str) -> str:
         """The parameter or buffer (the first of several) that a file key of the model becomes."""
@@ -193,7 +193,7 @@ class Shelf:
         """Keep the embeddings of `ids` only, and translate ids on their way in."""
         embedding: Any = self.model.get_input_embeddings()
         used = torch.unique(ids)
-        rows = tensors.read_rows(self.stored[key], key, used)
+        rows = tensors.read_rows(self.stored[key], used)
         dtype = self._dtypes.get(self._targets[key], rows.dtype)
         weight = nn.Parameter(rows.to(self.device, dtype), requires_grad=False)
         embedding.weight = weight
@@ -235,7 +235,7 @@ class Shelf:
         return None
 
     def _read(self, keys: Iterable[str], stored: Mapping[str, Stored]) -> None:
-        values = {k: Later(stored[k], k, self._dtypes.get(self._targets[k])) for k in keys}
+        values = {k: Later(stored[k], self._dtypes.get(self._targets[k])) for k in keys}
         self._convert(values, self.device)
         self.model._weight_conversions = self._conversions
 

@@ -42,7 +42,7 @@ def open_shelf(
         CheckpointError: for files that cannot be read.
     """
     stored = tensors.index(find(source.path, source.revision))
-    own = _own_dtype(source.config, stored)
+    own = own_dtype(source.config, stored)
     try:
         model = _skeleton(source, own, attention)
     except (ValueError, ImportError, RuntimeError, NotImplementedError) as error:
@@ -53,7 +53,7 @@ def open_shelf(
 
 def _skeleton(source: Source, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoModelForCausalLM
 
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(
@@ -66,14 +66,23 @@ def _skeleton(source: Source, dtype: torch.dtype, attention: str | None) -> PreT
     with suppress(
         OSError, TypeError, ValueError
     ):  # many have none: it then follows from the config
-        model.generation_config = GenerationConfig.from_pretrained(
-            source.path, revision=source.revision
-        )
+        model.generation_config = generation_config(source)
     built: PreTrainedModel = model
     return built
 
 
-def _own_dtype(config: Any, stored: Mapping[str, Stored]) -> torch.dtype:
+def generation_config(source: Source) -> Any:
+    """The checkpoint's own generation config.
+
+    Raises:
+        OSError, TypeError, ValueError: when it has none, or one that cannot be read.
+    """
+    from transformers import GenerationConfig
+
+    return GenerationConfig.from_pretrained(source.path, revision=source.revision)
+
+
+def own_dtype(config: Any, stored: Mapping[str, Stored]) -> torch.dtype:
     """The dtype that `from_pretrained(dtype="auto")` computes in: the config's, else the files'."""
     named = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
     if isinstance(named, str):

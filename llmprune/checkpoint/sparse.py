@@ -19,6 +19,7 @@ from llmprune.errors import CheckpointError, short
 from llmprune.kernels.packed import bitmap_shape, packed_bytes
 
 FORMAT_VERSION = 1
+QUANT_METHOD = "llmprune"
 VALUES, BITMAP = "_values", "_bitmap"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -66,6 +67,38 @@ class Spec:
         return packed_bytes(self.shape, self.kept, self.torch_dtype.itemsize)
 
 
+def settings() -> dict[str, Any]:
+    """The `quantization_config` of a folder in this format."""
+    return {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION}
+
+
+def take_from(config: Any) -> bool:
+    """Whether a transformers config names this format; if so, the name is taken out.
+
+    Raises:
+        CheckpointError: for another version of the format.
+    """
+    found = getattr(config, "quantization_config", None)
+    if not isinstance(found, Mapping) or found.get("quant_method") != QUANT_METHOD:
+        return False
+    check_version("config.json", found.get("format_version"))
+    del config.quantization_config
+    return True
+
+
+def check_version(file: str, version: object) -> None:
+    """Whether this llmprune reads `version` of the format, which `file` names.
+
+    Raises:
+        CheckpointError: when it does not.
+    """
+    if str(version) != str(FORMAT_VERSION):
+        raise CheckpointError(
+            f"{short(file)} is in version {short(repr(version), 20)} of the sparse format; this llmprune "
+            f"reads version {FORMAT_VERSION}: update llmprune, or write the file again"
+        )
+
+
 def metadata(specs: Mapping[str, Spec]) -> dict[str, str]:
     """The `__metadata__` of a file that holds the packed matrices `specs`, by dense name."""
     entries = {}
@@ -92,13 +125,9 @@ def specs(file: str, about: Mapping[str, str], tensors: Mapping[str, Entry]) -> 
     """
     if _PACKED_KEY not in about and _VERSION_KEY not in about:
         return {}
-    if (version := about.get(_VERSION_KEY)) != str(FORMAT_VERSION):
-        raise CheckpointError(
-            f"{short(file)} is in version {short(repr(version), 20)} of the sparse format; this llmprune "
-            f"reads version {FORMAT_VERSION}: update llmprune, or write the file again"
-        )
+    check_version(file, about.get(_VERSION_KEY))
     try:
-        entries = json.loads(about.get(_PACKED_KEY, ""), object_pairs_hook=_once)
+        entries = json.loads(about.get(_PACKED_KEY, ""), object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
         raise _broken(file, f"llmprune.packed is no JSON ({short(error)})") from error
     if not isinstance(entries, dict):
@@ -109,7 +138,7 @@ def specs(file: str, about: Mapping[str, str], tensors: Mapping[str, Entry]) -> 
     return {name: _spec(file, name, entry, tensors) for name, entry in entries.items()}
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object in which no key stands twice: which one counts would be anybody's guess."""
     found = dict(pairs)
     if len(found) < len(pairs):

@@ -1,15 +1,15 @@
 """The tensors of a checkpoint's files: where each one is, and its values when they are asked for.
 
-Only headers are read until then. What is read is copied out of the file and the file closed again, so
-that no mapped page outlives the block that needed it.
+Only headers are read until then. A packed matrix (docs/format.md) is found under its dense name, with its
+dense shape, and is unpacked as it is read.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,46 +18,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llmprune.checkpoint.files import Files
+from llmprune.checkpoint.sparse import BITMAP, VALUES, once, specs
+from llmprune.checkpoint.stored import DTYPES as DTYPES
+from llmprune.checkpoint.stored import Packed, Plain, Rows
+from llmprune.checkpoint.stored import Stored as Stored
+from llmprune.checkpoint.stored import raw as raw
+from llmprune.checkpoint.stored import size_of as size_of
+from llmprune.checkpoint.unpack import Unpacker
 from llmprune.errors import CheckpointError, short
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 ROWS_AT_ONCE = 2**26  # bytes of a tensor that are copied at a time
-
-
-@dataclass(frozen=True)
-class Stored:
-    """One tensor in a file.
-
-    Attributes:
-        file: path of the safetensors file.
-        dtype: as stored.
-        shape: as stored.
-    """
-
-    file: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def bytes(self) -> int:
-        """Size on disk."""
-        return size_of(self.dtype, self.shape)
-
-
-def size_of(dtype: torch.dtype, shape: Sequence[int]) -> int:
-    """Bytes of a tensor."""
-    return dtype.itemsize * math.prod(shape)
 
 
 def index(files: Files) -> dict[str, Stored]:
@@ -68,18 +38,69 @@ def index(files: Files) -> dict[str, Stored]:
     """
     found: dict[str, Stored] = {}
     for shard in files.shards():
-        path = files.fetch(shard)
-        with opened(path) as file:
-            for key in sorted(file.keys()):
-                entry = file.get_slice(key)
-                name = str(entry.get_dtype())
-                if name not in DTYPES:
-                    raise CheckpointError(
-                        f"{key} in {path.name} is stored as {name}, which llmprune does not prune; "
-                        "convert the checkpoint to bfloat16 first"
-                    )
-                found[key] = Stored(path, DTYPES[name], tuple(entry.get_shape()))
+        for key, stored in of_file(files.fetch(shard)).items():
+            packed = stored.packed or (key in found and found[key].packed)
+            if key in found and packed:
+                raise CheckpointError(
+                    f"{key} is in {found[key].file.name} and in {stored.file.name}, once packed at "
+                    "least; get the checkpoint again"
+                )
+            found[key] = stored
     return found
+
+
+def of_file(path: Path) -> dict[str, Stored]:
+    """Every tensor of one file by its key, packed matrices under their dense names.
+
+    Raises:
+        CheckpointError: the file is damaged, or holds a dtype that is not read here.
+    """
+    about, entries = header(path)
+    found = packed(path, about, entries)
+    parts = {key + part for key in found for part in (VALUES, BITMAP)}
+    for key in entries.keys() - parts - found.keys():
+        entry = entries[key]
+        if entry["dtype"] not in DTYPES:
+            raise CheckpointError(
+                f"{key} in {path.name} is stored as {entry['dtype']}, which llmprune does not prune; "
+                "convert the checkpoint to bfloat16 first"
+            )
+        dtype, start = DTYPES[entry["dtype"]], entry["data_offsets"][0]
+        found[key] = Stored(path, dtype, tuple(entry["shape"]), start)
+    return dict(sorted(found.items()))
+
+
+def packed(path: Path, about: Mapping[str, str], entries: Mapping[str, Any]) -> dict[str, Stored]:
+    """The packed matrices of a file, of which `header` gave `about` and `entries`."""
+    plain = {key: (entry["dtype"], entry["shape"]) for key, entry in entries.items()}
+    found = {}
+    for key, spec in specs(path.name, about, plain).items():
+        values, bitmap = (entries[key + part]["data_offsets"][0] for part in (VALUES, BITMAP))
+        where = Packed(spec, values, bitmap)
+        found[key] = Stored(path, spec.torch_dtype, spec.shape, packed=where)
+    return found
+
+
+def header(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    """`__metadata__` of a file, and dtype, shape and data_offsets (in the file) of each tensor.
+
+    Raises:
+        CheckpointError: when the file is no whole safetensors file.
+    """
+    with opened(path) as file:  # its reader checks that offsets fit shapes and fill the file
+        about = dict(file.metadata() or {})
+    try:
+        with path.open("rb") as plain:
+            length = int.from_bytes(plain.read(8), "little")
+            entries = json.loads(plain.read(length), object_pairs_hook=once)
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"the header of {short(path.name)} cannot be read ({short(error)}); get it again"
+        ) from error
+    entries.pop("__metadata__", None)
+    for entry in entries.values():
+        entry["data_offsets"] = [8 + length + offset for offset in entry["data_offsets"]]
+    return about, entries
 
 
 class opened:
@@ -106,55 +127,65 @@ class opened:
 class Later:
     """A tensor that is read when it is asked for, as `later[...]`: what transformers does with a slice.
 
-    One is read at a time, whatever thread asks, so that what is mapped or not yet widened stays small.
+    One is read at a time, whatever thread asks, so that what is not yet widened stays small.
     """
 
     _one = threading.Lock()
 
-    def __init__(self, stored: Stored, key: str, dtype: torch.dtype | None) -> None:
+    def __init__(self, stored: Stored, dtype: torch.dtype | None = None) -> None:
         """`dtype` is what to widen or narrow it to; None keeps the stored one."""
         self.stored = stored
-        self.key = key
         self.dtype = dtype
 
     def __getitem__(self, everything: Any) -> Tensor:
         """A copy, on the CPU."""
-        with self._one, opened(self.stored.file) as file:
-            found: Tensor = file.get_tensor(self.key)
-            return found.to(self.dtype or found.dtype, copy=True)
+        with self._one:
+            return load(self.stored, self.dtype)
 
 
-def read_rows(stored: Stored, key: str, rows: Tensor) -> Tensor:
-    """Rows `rows` [n] int64, ascending, of a matrix: [n, columns] in its stored dtype."""
-    out = torch.empty(len(rows), *stored.shape[1:], dtype=stored.dtype)
-    with opened(stored.file) as file:
-        entry = file.get_slice(key)
-        for place, row in enumerate(rows.tolist()):
-            out[place] = entry[row : row + 1][0]
+def load(stored: Stored, dtype: torch.dtype | None = None) -> Tensor:
+    """A whole tensor, in `dtype` or as it is stored."""
+    out = torch.empty(stored.shape, dtype=dtype or stored.dtype)
+    if not stored.shape:
+        return out.copy_(next(pieces(stored)))
+    place = 0
+    for piece in pieces(stored):
+        out[place : place + len(piece)].copy_(piece)  # exact for a lone NaN, unlike an assignment
+        place += len(piece)
     return out
 
 
-def pieces(stored: Stored, key: str) -> Iterator[Tensor]:
-    """A tensor in slices along its first dimension, small enough to pass through memory."""
-    with opened(stored.file) as file:
-        if not stored.shape or stored.bytes <= ROWS_AT_ONCE:
-            yield file.get_tensor(key)
-            return
-        entry = file.get_slice(key)
-        step = max(1, ROWS_AT_ONCE // (stored.bytes // stored.shape[0]))
-        for start in range(0, stored.shape[0], step):
-            yield entry[start : start + step]
+def read_rows(stored: Stored, rows: Tensor) -> Tensor:
+    """Rows `rows` [n] int64, ascending, of a matrix: [n, columns] in its stored dtype."""
+    out = torch.empty(len(rows), stored.shape[-1], dtype=stored.dtype)
+    source = rows_of(stored)
+    for place, row in enumerate(rows.tolist()):
+        out[place].copy_(source.rows(row, 1)[0])
+    return out
 
 
-def same(left: tuple[Stored, str], right: tuple[Stored, str]) -> bool:
+def pieces(stored: Stored, most: int = ROWS_AT_ONCE) -> Iterator[Tensor]:
+    """A tensor in slices along its first dimension, of `most` bytes together or a single one."""
+    source = rows_of(stored)
+    if not stored.shape or not stored.bytes:
+        yield source.rows(0, source.count).reshape(stored.shape)
+        return
+    length, *inner = stored.shape
+    within = math.prod(inner[:-1])
+    step = max(1, most // (stored.bytes // length))
+    for start in range(0, length, step):
+        count = min(step, length - start)
+        yield source.rows(start * within, count * within).reshape(count, *inner)
+
+
+def rows_of(stored: Stored) -> Rows:
+    """What gives any range of rows of a tensor; of several matrices, one after the other."""
+    return Unpacker(stored) if stored.packed is not None else Plain(stored)
+
+
+def same(left: Stored, right: Stored) -> bool:
     """Whether two stored tensors hold the same values."""
-    if left[0].shape != right[0].shape or left[0].dtype != right[0].dtype:
+    if left.shape != right.shape or left.dtype != right.dtype:
         return False
-    both = zip(pieces(*left), pieces(*right), strict=True)
+    both = zip(pieces(left), pieces(right), strict=True)
     return all(torch.equal(a, b) for a, b in both)
-
-
-def raw(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor, on the CPU and in order; shares its memory where it can."""
-    flat: Any = tensor.detach().to("cpu").contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from llmprune.checkpoint import tensors
+from llmprune.checkpoint.files import find
+from llmprune.checkpoint.tensors import Stored
 from llmprune.errors import CheckpointError
 from llmprune.pattern import NM, Pattern, Unstructured
 from llmprune.report import LayerReport
@@ -75,35 +76,10 @@ def verify(folder: Path, expected: Iterable[Expected]) -> None:
         CheckpointError: naming the first tensor that is missing, misshapen, not finite, denser than
             was decided, or off its pattern, with the figures.
     """
-    index = weight_map(folder)
-    located = [_located(e, index) for e in expected]
-    for shard in sorted({index[str(e.key)] for e in located}):
-        try:
-            with safe_open(folder / shard, framework="pt", device="cpu") as file:
-                for entry in located:
-                    if index[str(entry.key)] == shard:
-                        check_matrix(entry, file.get_tensor(entry.key))
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"{shard} cannot be read back: {error}; write it again"
-            ) from error
-
-
-def weight_map(folder: Path) -> dict[str, str]:
-    """Tensor name to file name, from the files that save_pretrained writes.
-
-    Raises:
-        CheckpointError: when there are none, or they cannot be read.
-    """
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    try:
-        if index.is_file():
-            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            return {str(key): str(shard) for key, shard in shards.items()}
-        with safe_open(single, framework="pt", device="cpu") as file:
-            return dict.fromkeys(file.keys(), single.name)
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder} has no readable safetensors weights: {error}") from error
+    stored = tensors.index(find(folder))
+    located = [_located(e, stored) for e in expected]
+    for entry in sorted(located, key=lambda e: stored[str(e.key)].file):
+        check_matrix(entry, tensors.load(stored[str(entry.key)]))
 
 
 def find_key(name: str, keys: Iterable[str]) -> str:
@@ -143,7 +119,7 @@ def _shared_tail(left: list[str], right: list[str]) -> int:
     return count
 
 
-def _located(entry: Expected, index: Mapping[str, str]) -> Expected:
+def _located(entry: Expected, index: Mapping[str, Stored]) -> Expected:
     if entry.key is not None and entry.key in index:
         return entry
     if (key := f"{entry.name}.weight") in index:
@@ -162,19 +138,13 @@ def verify_zeros(folder: Path, name: str, keep: Mapping[str, Tensor]) -> None:
     Raises:
         CheckpointError: naming the first tensor that is missing, misshapen, not finite or denser.
     """
-    index = weight_map(folder)
+    files = tensors.index(find(folder))
     for key, mask in keep.items():
-        if key not in index:
+        if key not in files:
             raise CheckpointError(
                 f"the written file is not what was decided: it lacks {key} ({name})"
             )
-        try:
-            with safe_open(folder / index[key], framework="pt", device="cpu") as file:
-                stored = file.get_tensor(key)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"{index[key]} cannot be read back: {error}; write it again"
-            ) from error
+        stored = tensors.load(files[key])
         entry = Expected(name, (0, 0), 0, key=key)  # whom the message is about
         if stored.shape != mask.shape:
             raise _mismatch(entry, f"has shape {tuple(stored.shape)}, expected {tuple(mask.shape)}")

@@ -1,0 +1,108 @@
+"""The census of every tensor in one file; a packed matrix is counted as the dense one it stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from llmprune.checkpoint import tensors
+from llmprune.checkpoint.census import take
+from llmprune.checkpoint.decoder import axes, is_decoder
+from llmprune.checkpoint.files import Files
+from llmprune.checkpoint.sparse import BITMAP, VALUES
+from llmprune.checkpoint.tensors import Stored
+from llmprune.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class TensorCensus:
+    """One tensor of the files.
+
+    Attributes:
+        name: its key.
+        file: the shard that holds it.
+        shape: as it is stored.
+        dtype: as safetensors names it: BF16, F32, F8_E4M3.
+        bytes: its size in the file.
+        packed: whether it is stored as docs/format.md says; shape and dtype are the dense ones.
+        zeros: weights that are zero; always 0 for integers.
+        pattern: `2:4` where every group of the tensor holds it, else None.
+        axis: `rows` when the groups lie along the last dimension, `columns` when along the one
+            before.
+        decoder: whether it is a matrix of a decoder block, which is what llmprune prunes by
+            default.
+    """
+
+    name: str
+    file: str
+    shape: tuple[int, ...]
+    dtype: str
+    bytes: int
+    zeros: int
+    pattern: str | None
+    axis: str | None
+    decoder: bool
+    packed: bool = False
+
+    @property
+    def weights(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+    @property
+    def kind(self) -> str:
+        """What is the same in every block: `mlp.up_proj`."""
+        parts = [p for p in self.name.split(".") if not p.isdigit() and p != "weight"]
+        return ".".join(parts[-2:])
+
+
+def read(
+    files: Files, shard: str, path: Path, keys: Iterable[str] | None, model_type: str | None
+) -> Iterator[TensorCensus]:
+    """The census of the tensors in one file, of those that the index promises or of all."""
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            there = set(file.keys())
+            for name in sorted(keys or ()):
+                if name not in there:
+                    raise CheckpointError(
+                        f"{shard} of {files.source} lacks {name}, which the index expects in it"
+                    )
+            packed = tensors.packed(path, *tensors.header(path))
+            parts = {name + part for name in packed for part in (VALUES, BITMAP)}
+            for name in sorted(((there if keys is None else set(keys)) - parts) | packed.keys()):
+                if name in packed:
+                    yield _packed(name, shard, packed[name], model_type)
+                    continue
+                dtype = str(file.get_slice(name).get_dtype())
+                yield _described(name, shard, file.get_tensor(name), dtype, model_type)
+    except (OSError, SafetensorError) as error:
+        what = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{shard} of {files.source} is damaged or cut short ({what}); copy or download it again"
+        ) from error
+
+
+def _packed(name: str, file: str, stored: Stored, model_type: str | None) -> TensorCensus:
+    """What a packed matrix holds once it is unpacked."""
+    assert stored.packed is not None
+    dtype = stored.packed.spec.dtype
+    found = _described(name, file, tensors.load(stored), dtype, model_type)
+    return replace(found, bytes=stored.bytes_in_file, packed=True)
+
+
+def _described(
+    name: str, file: str, tensor: Tensor, dtype: str, model_type: str | None
+) -> TensorCensus:
+    shape = tuple(tensor.shape)
+    decoder = is_decoder(name, shape, tensor.is_floating_point())
+    census = take(tensor, axes(model_type, decoder))
+    pattern = f"{census.pattern[0]}:{census.pattern[1]}" if census.pattern else None
+    return TensorCensus(
+        name, file, shape, dtype, tensor.nbytes, census.zeros, pattern, census.axis, decoder
+    )
