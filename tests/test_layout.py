@@ -44,6 +44,8 @@ HEAVY = {
 
 LONG_FILE, LONG_FUNCTION = 300, 50  # the proportions of the code this project models itself on
 LONG = {
+    "llmprune/kernels/nm_gemv.py:nm_gemv": "half of it are its arguments and those of the kernel",
+    "llmprune/kernels/nm_gemv_triton.py:gemv_kernel": "a third of it are its arguments",
     "llmprune/demo/text.py": "the made-up world: tables of facts and sentences, not logic",
     "llmprune/calibration.py:load": "half of it says what each kind of source gives",
     "llmprune/eval/perplexity.py:perplexity": "half of it is the docstring of the protocol",

@@ -1,0 +1,93 @@
+"""What the tests of the sparse matrix products share: awkward matrices, and the truth in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from conftest import INTERPRETED
+from torch import Tensor
+
+TOKENS_ON_GPU = (1, 2, 3, 7, 8, 9, 16, 17, 33, 64)
+MASKS = ("random", "fewer", "none", "first places", "last places")
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The bytes, for comparing NaN and minus zero exactly."""
+    return tensor.contiguous().view(torch.uint8)
+
+
+def nm_matrix(
+    rows: int, columns: int, n: int, m: int, dtype: torch.dtype, mask: str = "random", seed: int = 0
+) -> Tensor:
+    """[rows, columns] with at most n of every m neighbours not zero, where `mask` says."""
+    random = torch.Generator().manual_seed(seed)
+    groups = torch.randn(rows, columns // m, m, generator=random)
+    order = torch.rand(groups.shape, generator=random)
+    if mask == "first places":
+        order = torch.arange(m, 0, -1).expand(groups.shape)
+    if mask == "last places":
+        order = torch.arange(m).expand(groups.shape)
+    keep = torch.zeros(groups.shape, dtype=torch.bool)
+    keep.scatter_(2, order.topk(n, dim=2).indices, True)
+    if mask == "fewer":  # some groups keep none, some rows too
+        keep &= torch.rand(groups.shape, generator=random) < 0.6
+        keep[rows // 2] = False
+    if mask == "none":
+        keep[:] = False
+    return torch.where(keep, groups, 0.0).to(dtype).reshape(rows, columns)
+
+
+def amid_poison(tensor: Tensor) -> Tensor:
+    """A copy with NaN (or a word of ones) on both sides in memory: whoever reads outside shows it."""
+    room = 4096 // tensor.element_size()
+    around = torch.full(
+        (tensor.numel() + 2 * room,),
+        float("nan") if tensor.dtype.is_floating_point else -1,
+        dtype=tensor.dtype,
+        device=tensor.device,
+    )
+    inside = around[room : room + tensor.numel()].view(tensor.shape)
+    return inside.copy_(tensor)
+
+
+def assert_product(
+    y: Tensor,  # [tokens, rows], what the kernel gave
+    x: Tensor,  # [tokens, columns]
+    dense: Tensor,  # [rows, columns]
+    bias: Tensor | None = None,  # [rows]
+    after: Callable[[Tensor], Tensor] | None = None,
+) -> None:
+    """`y` is x @ dense.T + bias to half a unit of its dtype, beside what float32 sums may lose.
+
+    `after` is what follows in float64, such as silu and product; its slope is taken to be below 4.
+    """
+    exact = x.double() @ dense.double().T
+    # The error of a float32 sum is below its length times half a unit of the sum of magnitudes.
+    lost = (x.double().abs() @ dense.double().abs().T) * ((dense.shape[1] + 4) * 2.0**-24)
+    if bias is not None:
+        exact += bias.double()
+        lost += bias.double().abs() * 2.0**-23
+    if after is not None:
+        exact, lost = after(exact), 4 * (1 + exact.abs().amax()) * lost.amax().expand(1)
+    # Triton's interpreter cuts a float32 off where a GPU rounds it to bfloat16: a whole unit.
+    half = 1.0 if INTERPRETED and y.dtype is torch.bfloat16 else 0.5
+    unit = torch.finfo(y.dtype).eps * half * exact.abs() + torch.finfo(y.dtype).tiny
+    assert y.shape == exact.shape
+    error = (y.double() - exact).abs()
+    assert bool((error <= unit * 1.001 + lost).all()), (
+        f"off by {error.max():.3g}, may be {(unit + lost)[error == error.max()]}"
+    )
+
+
+def assert_as_good_as_dense(
+    y: Tensor, x: Tensor, dense: Tensor, bias: Tensor | None = None, twice: float = 2
+) -> None:
+    """On a GPU: the error against float64 is at most twice that of the dense product of torch."""
+    exact = torch.nn.functional.linear(
+        x.double(), dense.double(), None if bias is None else bias.double()
+    )
+    theirs = (torch.nn.functional.linear(x, dense, bias).double() - exact).abs()
+    ours = (y.double() - exact).abs()
+    assert float(ours.max()) <= twice * float(theirs.max())
+    assert float(ours.mean()) <= twice * float(theirs.mean())
