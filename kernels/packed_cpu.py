@@ -20,9 +20,7 @@ from torch import Tensor
 
 from . import packed_numba as loops
 
-_SHARE = 2**20  # fewest weights worth a thread: they take several times as long as handing them over
-    2**19
-)  # fewest weights worth a thread: expanding them takes about as long as handing them over
+_SHARE = 2**20  # fewest weights worth a thread: they take longer than handing them over
 _LARGE = 2**22  # bytes from which memory is asked for in pages of 2 MiB
 _HUGE_PAGES = 14  # MADV_HUGEPAGE of Linux
 
