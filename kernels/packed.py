@@ -188,7 +188,26 @@ def pack_bits(bits: Tensor) -> Tensor:
 
 def unpack_bits(bitmap: Tensor, columns: int) -> Tensor:
     """The inverse of `pack_bits`: bool [..., columns]."""
-    return packed_torch.unpack_bits(bitmap, columns)
+    if bitmap.dtype != torch.uint8 or bitmap.shape[-1] != -(-columns // 8):
+        raise ValueError(f"no bitmap of {columns} columns: {bitmap.dtype} {list(bitmap.shape)}")
+    bits: Tensor = _room(bitmap).unpack_bits(_matrix(bitmap), columns)
+    return bits.view(*bitmap.shape[:-1], columns)
+
+
+def select(dense: Tensor, bitmap: Tensor) -> Tensor:
+    """Elements of `dense` [..., rows, columns] whose bit is 1, row-major: what `Packed.values` holds.
+
+    Raises:
+        ValueError: for a bitmap of another shape or device, or with bits behind the last column.
+    """
+    if bitmap.dtype != torch.uint8 or tuple(bitmap.shape) != bitmap_shape(dense.shape):
+        raise ValueError(
+            f"a bitmap {bitmap.dtype} {list(bitmap.shape)} is none of a tensor {list(dense.shape)}"
+        )
+    if bitmap.device != dense.device:
+        raise ValueError(f"the tensor is on {dense.device}, the bitmap is on {bitmap.device}")
+    found: Tensor = _room(dense).select(_matrix(_words(dense)), _matrix(bitmap))
+    return found.view(dense.dtype)
 
 
 def _expand(packed: Packed, start: int, stop: int, first: int, out: Tensor) -> int | None:

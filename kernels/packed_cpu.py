@@ -45,6 +45,15 @@ def pack_bits(bits: Tensor) -> Tensor:
     return _mark(bits.view(torch.uint8))[0]
 
 
+def unpack_bits(bitmap: Tensor, columns: int) -> Tensor:
+    """The inverse of `pack_bits`: bool [rows, columns]."""
+    bitmap = _rows(bitmap)
+    flags = empty((len(bitmap), columns), bitmap)
+    shared = (_flat(bitmap), bitmap.stride(0), columns, _flat(flags))
+    _run(loops.flag_rows, [(*shared, *r) for r in _ranges(len(bitmap), columns)])
+    return flags.view(torch.bool)
+
+
 def row_starts(bitmap: Tensor) -> Tensor:
     """Int64 [rows + 1]: the number of one bits before each row of uint8 [rows, width], and of all."""
     starts = torch.zeros(len(bitmap) + 1, dtype=torch.int64)
@@ -56,18 +65,22 @@ def row_starts(bitmap: Tensor) -> Tensor:
 def pack(words: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
     """Words that are kept, row by row, and their bitmap; see `packed_torch.pack`."""
     words = _rows(words)
-    ranges = _ranges(*words.shape)
     if keep is not None:
         keep = _rows(keep.view(torch.uint8))
         shared = (_flat(words), words.stride(0), _flat(keep), keep.stride(0), words.shape[1])
-        if stray := sum(_run(loops.stray_rows, [(*shared, *r) for r in ranges])):
+        if stray := sum(_run(loops.stray_rows, [(*shared, *r) for r in _ranges(*words.shape)])):
             raise ValueError(f"{stray} weights outside the mask are not +0.0")
     bitmap, starts = _mark(words if keep is None else keep)
-    values = empty((int(starts[-1]),), words)
-    source = (_flat(words), words.stride(0), words.shape[1], _flat(bitmap))
-    parts = [values[int(starts[a]) : int(starts[b])].numpy() for a, b in ranges]
-    _run(loops.compress_rows, [(*source, p, *r) for p, r in zip(parts, ranges, strict=True)])
-    return values, bitmap
+    return _compress(words, bitmap, starts), bitmap
+
+
+def select(words: Tensor, bitmap: Tensor) -> Tensor:
+    """Words of [rows, columns] whose bit is 1, row by row.
+
+    Raises:
+        ValueError: if a bit behind the last column is 1.
+    """
+    return _compress(_rows(words), _rows(bitmap), row_starts(bitmap))
 
 
 def expand(bitmap: Tensor, columns: int, values: Tensor, first: int, out: Tensor) -> int:
@@ -95,6 +108,17 @@ def expand(bitmap: Tensor, columns: int, values: Tensor, first: int, out: Tensor
             "or one behind the last column"
         )
     return firsts[-1] + int(ends[-1])
+
+
+def _compress(words: Tensor, bitmap: Tensor, starts: Tensor) -> Tensor:
+    """Words whose bit is 1; `starts` are the `row_starts` of the bitmap."""
+    values, ranges = empty((int(starts[-1]),), words), _ranges(*words.shape)
+    source = (_flat(words), words.stride(0), words.shape[1], _flat(bitmap), bitmap.stride(0))
+    parts = [values[int(starts[a]) : int(starts[b])].numpy() for a, b in ranges]
+    jobs = [(*source, part, *r) for part, r in zip(parts, ranges, strict=True)]
+    if min(_run(loops.compress_rows, jobs)) < 0:
+        raise ValueError("bits behind the last column are 1")
+    return values
 
 
 def _mark(keep: Tensor) -> tuple[Tensor, Tensor]:

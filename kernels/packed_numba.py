@@ -148,10 +148,10 @@ def _mark(keep: Any, at: Any, most: Any) -> Any:
 
 
 @numba.njit(nogil=True)  # type: ignore[untyped-decorator]
-def _compress_few(dense: Any, at: Any, word: Any, most: int, values: Any, first: Any) -> None:
+def _compress_few(dense: Any, at: Any, word: Any, most: Any, values: Any, first: Any) -> None:
     """values[first:] = those of dense[at:] whose bit in `word` is 1; touches nothing else."""
     k = first
-    for j in range(uint64(most)):
+    for j in range(most):
         if (word >> uint32(j)) & uint32(1):
             values[k] = dense[at + j]
             k += uint64(1)
@@ -201,6 +201,20 @@ def mark_rows(
 
 
 @compiled
+def flag_rows(bitmap: Any, stride: int, columns: int, flags: Any, begin: int, end: int) -> None:
+    """Write uint8 flags [rows, columns] without gaps: 1 where the bit is 1, else 0."""
+    whole, left = uint64(columns) >> uint64(3), uint64(columns) & uint64(7)
+    for r in range(begin, end):
+        bits, to = uint64(r) * uint64(stride), uint64(r) * uint64(columns)
+        for b in range(whole):
+            for j in range(uint64(8)):
+                flags[to + (b << uint64(3)) + j] = (bitmap[bits + b] >> uint8(j)) & uint8(1)
+        for j in range(left):
+            at = to + (whole << uint64(3)) + j
+            flags[at] = (bitmap[bits + whole] >> uint8(j)) & uint8(1)
+
+
+@compiled
 def stray_rows(
     dense: Any, stride: int, keep: Any, keep_stride: int, columns: int, begin: int, end: int
 ) -> Any:
@@ -215,40 +229,48 @@ def stray_rows(
 
 @compiled
 def compress_rows(
-    dense: Any, stride: int, columns: int, bitmap: Any, values: Any, begin: int, end: int
+    dense: Any, stride: int, columns: int, bitmap: Any, by: int, values: Any, begin: int, end: int
 ) -> Any:
-    """Write the weights whose bit is 1 into `values`; how many they are, or -1 if they do not fit.
+    """Write the weights whose bit is 1 into `values`; row r of the bitmap begins at r times `by`.
 
-    The bitmap has no gaps.
+    Returns:
+        How many they are; -1 if they do not fit, or a bit behind the last column is 1.
     """
-    width, left = uint64(columns + 7) >> uint64(3), uint64(columns) & uint64(7)
+    whole, left = uint64(columns) >> uint64(3), uint64(columns) & uint64(7)
     words = uint64(columns) >> uint64(5) if WIDE else uint64(0)
     k, limit = uint64(0), uint64(values.size)
     for r in range(begin, end):
-        row, bits = uint64(r) * uint64(stride), uint64(r) * width
+        row, bits = uint64(r) * uint64(stride), uint64(r) * uint64(by)
         for w in range(words):
             at = row + (w << uint64(5))
             word = _word(bitmap, bits + (w << uint64(2)))
             found = uint64(_ones(word))
+            if k + found > limit:
+                return -1
             if k + uint64(32) <= limit:
                 _compress(dense, at, word, values, k)
-            elif k + found <= limit:
-                _compress_few(dense, at, word, 32, values, k)
             else:
-                return -1
+                _compress_few(dense, at, word, uint64(32), values, k)
             k += found
-        for b in range(words << uint64(2), width):
+        for b in range(words << uint64(2), whole):
             at, byte = row + (b << uint64(3)), bitmap[bits + b]
             found = uint64(_ones(byte))
             if k + found > limit:
                 return -1
-            if k + uint64(8) <= limit and (b + uint64(1) < width or not left):
+            if k + uint64(8) <= limit:
                 here = k
                 for j in range(uint64(8)):
                     values[here] = dense[at + j]  # overwritten by the next, unless it is chosen
                     here += uint64(byte >> uint8(j)) & uint64(1)
             else:
-                _compress_few(dense, at, uint32(byte), 8, values, k)
+                _compress_few(dense, at, uint32(byte), uint64(8), values, k)
+            k += found
+        if left:
+            byte = bitmap[bits + whole]
+            found = uint64(_ones(byte))
+            if byte >> uint8(left) or k + found > limit:
+                return -1
+            _compress_few(dense, row + (whole << uint64(3)), uint32(byte), left, values, k)
             k += found
     return int64(k)
 

@@ -57,6 +57,11 @@ def pack(
     return words[bits], pack_bits(bits)
 
 
+def select(words: Tensor, bitmap: Tensor) -> Tensor:
+    """Words of [rows, columns] whose bit is 1, row by row."""
+    return words[unpack_bits(bitmap, words.shape[1])]
+
+
 def expand(
     bitmap: Tensor,  # uint8 [rows, width]
     columns: int,

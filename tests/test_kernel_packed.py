@@ -26,6 +26,7 @@ from llmprune.kernels.packed import (
     pack_bits,
     packed_bytes,
     row_starts,
+    select,
     unpack,
     unpack_bits,
     unpack_rows,
@@ -131,7 +132,12 @@ def test_compiled_loops_equal_plain_torch(
         packed_torch.expand(bitmap, words.shape[1], values, 0, other)
         assert torch.equal(mine, words)
         assert torch.equal(other, words)
+        assert torch.equal(packed_cpu.select(words, bitmap), packed_torch.select(words, bitmap))
     assert torch.equal(pack_bits(keep), packed_torch.pack_bits(keep))
+    bitmap = pack_bits(keep)
+    assert torch.equal(
+        unpack_bits(bitmap, keep.shape[1]), packed_torch.unpack_bits(bitmap, keep.shape[1])
+    )
     assert torch.equal(unpack_bits(pack_bits(keep), words.shape[1]), keep)
 
 
@@ -284,6 +290,33 @@ def test_no_bitmap_leads_outside(dtype: torch.dtype, threads: int) -> None:
         inside.fill_(7)
         assert (room == 7).all()
     assert 100 < refused < 290
+
+
+def test_what_the_bitmap_points_at_is_selected(threads: int) -> None:
+    for shape in ((33, 41), (4, 8, 64), (2, 5, 3)):
+        dense, mask = sparse(shape, torch.float32), sparse(shape, torch.float32) != 0
+        wide = torch.full((*shape[:-1], 30), 0xFF, dtype=torch.uint8)
+        bitmap = wide[..., 3 : 3 + bitmap_shape(shape)[-1]]
+        bitmap.copy_(pack_bits(mask))
+        assert torch.equal(select(dense, bitmap), dense[mask])
+        assert torch.equal(unpack_bits(bitmap, shape[-1]), mask)
+        assert select(dense.double(), bitmap).dtype == torch.float64
+        turned = dense.movedim(0, -1).contiguous().movedim(-1, 0)
+        assert torch.equal(select(turned, bitmap), dense[mask])
+
+
+def test_no_bitmap_selects_outside(threads: int) -> None:
+    bitmap = torch.full((3, 6), 0xFF, dtype=torch.uint8)
+    for columns in (41, 47):
+        with pytest.raises(ValueError, match="behind the last column"):
+            select(torch.zeros(3, columns), bitmap)
+    with pytest.raises(ValueError, match="is none of"):
+        select(torch.zeros(3, 49), bitmap)
+    with pytest.raises(ValueError, match="the bitmap is on"):
+        select(torch.zeros(3, 48), bitmap.to("meta"))
+    with pytest.raises(ValueError, match="no bitmap of 49"):
+        unpack_bits(bitmap, 49)
+    assert select(torch.ones(3, 48), bitmap).shape == (144,)
 
 
 def test_rows_and_memory_that_do_not_fit_are_refused() -> None:

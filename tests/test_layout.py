@@ -48,6 +48,7 @@ LONG = {
     "llmprune/kernels/nm_gemv_triton.py:gemv_kernel": "a third of it are its arguments",
     "llmprune/demo/text.py": "the made-up world: tables of facts and sentences, not logic",
     "llmprune/calibration.py:load": "half of it says what each kind of source gives",
+    "llmprune/kernels/packed_numba.py": "numba's cache watches one file: what one loop compiles stays in it",
     "llmprune/eval/perplexity.py:perplexity": "half of it is the docstring of the protocol",
     "llmprune/eval/tasks.py:run_tasks": "half of it says what lm-eval does to the process",
     "llmprune/run.py:prune": "the signature that users call, and a line on each argument",
