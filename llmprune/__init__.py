@@ -9,6 +9,8 @@ Importing this package loads neither torch nor transformers; each public name lo
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from llmprune.runtime.register import install as _install
+
 if TYPE_CHECKING:
     from llmprune.calibration import Calibration as Calibration
     from llmprune.errors import LLMPruneError as LLMPruneError
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from llmprune.run import PruneConfig as PruneConfig
     from llmprune.run import prune as prune
     from llmprune.runtime.linear import SparseLinear as SparseLinear
+    from llmprune.runtime.quantizer import SparseConfig as SparseConfig
 
 __version__ = "0.1.0"
 
@@ -29,6 +32,7 @@ _HOME = {
     "NM": "pattern",
     "PruneConfig": "run",
     "Report": "report",
+    "SparseConfig": "runtime.quantizer",
     "SparseLinear": "runtime.linear",
     "Unstructured": "pattern",
     "masks": "model",
@@ -56,3 +60,4 @@ def _of_kernels(name: str) -> Any:
 
 
 vars(import_module("llmprune.kernels"))["__getattr__"] = _of_kernels
+_install()  # transformers then knows the sparse format, whichever of the two is imported first

@@ -20,6 +20,8 @@ from llmprune.kernels.packed import bitmap_shape, packed_bytes
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "llmprune"
+CONFIG_GUARD = "this checkpoint is in llmprune's sparse format: run `import llmprune` first"
+"""What `config.json` gives as `transformers_weights` (docs/format.md, The guard)."""
 VALUES, BITMAP = "_values", "_bitmap"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}

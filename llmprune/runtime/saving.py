@@ -1,0 +1,149 @@
+"""A model that holds packed weights, as the tensors and the metadata of its files (docs/format.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    PrefixChange,
+    WeightConverter,
+    dot_natural_key,
+    revert_weight_conversion,
+)
+from transformers.integrations.accelerate import load_offloaded_parameter
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+from llmprune.checkpoint.sparse import BITMAP, NAMES, VALUES, Spec, metadata
+from llmprune.errors import CheckpointError
+from llmprune.kernels.packed import Packed, nonzero_bits, pack, unpack, unpack_bits
+from llmprune.runtime.patterns import tightest
+from llmprune.runtime.seats import packed_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@torch.no_grad()
+def packed_state(
+    model: PreTrainedModel, conversions: Sequence[Any] | None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Every tensor of the files by its key, and the metadata that each of them gets.
+
+    Args:
+        model: holds packed weights.
+        conversions: between files and model; None for those that transformers knows of the family.
+
+    Raises:
+        CheckpointError: for packed weights of a dtype that the format does not have.
+    """
+    state = _whole_state(model)
+    held = packed_weights(model)
+    packed = {n: Packed(state.pop(n + VALUES), state.pop(n + BITMAP), held[n].shape) for n in held}
+    for name, matrix in packed.items():
+        if matrix.values.dtype not in NAMES:
+            raise CheckpointError(
+                f"{name} is {matrix.values.dtype}, which the sparse format does not have: call "
+                "model.to(torch.float32), or another of float32, bfloat16 and float16"
+            )
+    files, specs = dict[str, Tensor](), dict[str, Spec]()
+    with _reverting(model, conversions) as used:
+        for names in _converted(used, [*packed, *state]):
+            if names.isdisjoint(packed):
+                continue
+            weights = {n: packed.pop(n) if n in packed else state.pop(n) for n in names}
+            _add_converted(model, weights, files, specs)
+        for key, name in _renamed(model, packed).items():
+            _add(key, packed[name], held[name].pattern, held[name].axis, files, specs)
+        files |= revert_weight_conversion(model, state)
+    ordered = sorted(files, key=dot_natural_key)  # so that both parts of a matrix are neighbours
+    return {key: files[key] for key in ordered}, metadata(specs)
+
+
+def _whole_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The model's tensors by name: tied ones once, and those that lie on a disk read from there."""
+    state = dict(model.state_dict())
+    for name in model._keys_to_ignore_on_save or ():
+        state.pop(name, None)
+    state = remove_tied_weights_from_state_dict(state, model)
+    return {n: load_offloaded_parameter(model, n) if t.is_meta else t for n, t in state.items()}
+
+
+@contextmanager
+def _reverting(model: PreTrainedModel, conversions: Sequence[Any] | None) -> Iterator[list[Any]]:
+    """While open, transformers undoes `conversions` for this model; gives them."""
+    if conversions is None:  # as transformers chooses them for a model that came from no file
+        known = get_model_conversion_mapping(model, add_legacy=False)
+        conversions = [c for c in known if not isinstance(c, PrefixChange)]
+    before, model._weight_conversions = model._weight_conversions, list(conversions)
+    try:
+        yield model._weight_conversions
+    finally:
+        model._weight_conversions = before
+
+
+def _converted(conversions: Sequence[Any], names: Sequence[str]) -> list[set[str]]:
+    """Which parameters are converted, and which of them together, when they are saved."""
+    reverse = [
+        c.reverse_transform() for c in reversed(conversions) if isinstance(c, WeightConverter)
+    ]
+    found: dict[str, set[str]] = {}
+    for name in names:
+        for converter in reverse:
+            key, pattern = converter.rename_source_key(name)
+            if pattern is not None:
+                found.setdefault(key, set()).add(name)
+                break
+    return list(found.values())
+
+
+def _renamed(model: PreTrainedModel, packed: Mapping[str, Packed]) -> dict[str, str]:
+    """File key to parameter, of those that are only renamed."""
+    probes = {name: torch.empty(m.shape, device="meta") for name, m in packed.items()}
+    names = {id(probe): name for name, probe in probes.items()}
+    return {key: names[id(t)] for key, t in revert_weight_conversion(model, probes).items()}
+
+
+def _add_converted(
+    model: PreTrainedModel,
+    weights: Mapping[str, Packed | Tensor],
+    files: dict[str, Tensor],
+    specs: dict[str, Spec],
+) -> None:
+    """Add what transformers makes of parameters that it converts together, packed again.
+
+    A matrix that lost no weight stays dense: it was dense before it was merged with others.
+    """
+    dense = {n: unpack(w) if isinstance(w, Packed) else w for n, w in weights.items()}
+    masks = {
+        n: unpack_bits(w.bitmap, w.shape[-1]) if isinstance(w, Packed) else nonzero_bits(w)
+        for n, w in weights.items()
+    }
+    kept = revert_weight_conversion(model, masks)
+    for key, weight in revert_weight_conversion(model, dense).items():
+        bits = kept[key].contiguous()
+        if bool(bits.all()):
+            files[key] = weight
+        else:
+            pattern, axis = tightest(bits, ("rows", "columns"))
+            _add(key, pack(weight, bits), pattern, axis, files, specs)
+
+
+def _add(
+    key: str,
+    packed: Packed,
+    pattern: str,
+    axis: str,
+    files: dict[str, Tensor],
+    specs: dict[str, Spec],
+) -> None:
+    """Add the parts of a packed matrix, what is said of it, and the guard under its dense name."""
+    values = packed.values
+    files |= {key + VALUES: values, key + BITMAP: packed.bitmap}
+    # in memory of its own: what shares memory would be written into one and the same file
+    files[key] = values.new_empty(1)[:0]
+    specs[key] = Spec(packed.shape, NAMES[values.dtype], pattern, axis, len(values))
