@@ -85,6 +85,8 @@ def take_from(config: Any) -> bool:
         return False
     check_version("config.json", found.get("format_version"))
     del config.quantization_config
+    if getattr(config, "transformers_weights", None) == CONFIG_GUARD:
+        del config.transformers_weights
     return True
 
 

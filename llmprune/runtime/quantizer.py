@@ -11,8 +11,14 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from llmprune.checkpoint.sparse import CONFIG_GUARD, FORMAT_VERSION
-from llmprune.errors import CheckpointError, ConfigError
+from llmprune.checkpoint.sparse import (
+    CONFIG_GUARD,
+    FORMAT_VERSION,
+    QUANT_METHOD,
+    check_version,
+    settings,
+)
+from llmprune.errors import ConfigError
 
 # This file is read in the middle of importing transformers: it must not need more of it, nor much else.
 if TYPE_CHECKING:
@@ -20,8 +26,6 @@ if TYPE_CHECKING:
 
     from llmprune.checkpoint.headers import Headers
     from llmprune.runtime.arrival import Arrival
-
-METHOD = "llmprune"
 
 
 class SparseConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -33,12 +37,8 @@ class SparseConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """
 
     def __init__(self, expand: bool = False, *, format_version: object = FORMAT_VERSION) -> None:
-        if format_version != FORMAT_VERSION:
-            raise CheckpointError(
-                f"config.json names version {format_version!r:.20} of the sparse format; this llmprune "
-                f"reads version {FORMAT_VERSION}: update llmprune, or write the checkpoint again"
-            )
-        self.quant_method: Any = METHOD
+        check_version("config.json", format_version)
+        self.quant_method: Any = QUANT_METHOD
         self.expand = expand
         self.headers: Headers | None = None
 
@@ -53,7 +53,7 @@ class SparseConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def to_dict(self) -> dict[str, Any]:
         """What `config.json` says."""
-        return {"quant_method": METHOD, "format_version": FORMAT_VERSION}
+        return settings()
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What counts of a config that is passed to `from_pretrained` beside the checkpoint's own."""
@@ -204,9 +204,9 @@ def _unguarded(config: PreTrainedConfig) -> PreTrainedConfig:
 
 def _register() -> None:
     """Make transformers know the format."""
-    if METHOD not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
-        auto.register_quantization_config(METHOD)(SparseConfig)
-        auto.register_quantizer(METHOD)(SparseQuantizer)
+    if QUANT_METHOD not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
+        auto.register_quantization_config(QUANT_METHOD)(SparseConfig)
+        auto.register_quantizer(QUANT_METHOD)(SparseQuantizer)
         # else `from_pretrained(..., quantization_config=SparseConfig(expand=True))` would not be heeded
         auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (SparseConfig,)
 
