@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llmprune.kernels.interface import Case
-from llmprune.kernels.packed import Packed, unpack_bits
+from llmprune.kernels.packed import Packed, row_starts, select, unpack_rows
 
 # Weights expanded at a time on a CPU: 1 MiB of bfloat16, what a core's L2 cache holds. The products
 # alone, dense [4096, 4096] bfloat16 cut into tiles, one core of an EPYC: 16 times less took twice as
@@ -55,7 +55,7 @@ class Expand:
 def _to_rows(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     """Give x @ S.T + bias: each tile of rows gives outputs of its own."""
     out = x.new_empty(x.shape[0], packed.shape[0])
-    for first, last, tile, _ in tiles(packed):
+    for first, last, tile in tiles(packed):
         part = None if bias is None else bias[first:last]
         out[:, first:last] = torch.nn.functional.linear(x, tile, part)
     return out
@@ -70,7 +70,7 @@ def _from_rows(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     out = torch.zeros(x.shape[0], packed.shape[1], dtype=wide, device=x.device)
     if bias is not None:
         out += bias
-    for first, last, tile, _ in tiles(packed):
+    for first, last, tile in tiles(packed):
         out.addmm_(x[:, first:last].to(wide), tile.to(wide))
     return out.to(x.dtype)
 
@@ -84,40 +84,37 @@ def values_gradient(left: Tensor, right: Tensor, packed: Packed) -> Tensor:
         packed: its values are read for dtype and device only.
     """
     gradient = torch.empty_like(packed.values)
-    offset = 0
-    for first, last, _, bits in tiles(packed, expand=False):
-        part = torch.mm(left[:, first:last].T, right)[bits]
-        gradient[offset : offset + len(part)] = part
-        offset += len(part)
+    for first, last, begin, end in _ranges(packed):
+        part = torch.mm(left[:, first:last].T, right)
+        gradient[begin:end] = select(part, packed.bitmap[first:last])
     return gradient
 
 
-def tiles(packed: Packed, expand: bool = True) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-    """First row, last row, their dense weights and which are kept, tile by tile.
+def tiles(packed: Packed) -> Iterator[tuple[int, int, Tensor]]:
+    """First row, last row and their dense weights, tile by tile.
 
-    The weights [rows, columns] lie in one buffer, which the next tile overwrites; without `expand`,
-    there are none.
+    The weights [rows, columns] lie in one buffer, which the next tile overwrites.
 
     Raises:
         RuntimeError: when the bitmap counts other than values.
     """
+    buffer: Tensor | None = None
+    for first, last, begin, _ in _ranges(packed):
+        if buffer is None:
+            buffer = packed.values.new_empty(last - first, packed.shape[1])
+        tile = buffer[: last - first]
+        yield first, last, unpack_rows(packed, first, last, begin, tile)
+
+
+def _ranges(packed: Packed) -> Iterator[tuple[int, int, int, int]]:
+    """First and last row of each tile, and where in the values theirs begin and end."""
     rows, columns = packed.shape
+    starts, kept = row_starts(packed.bitmap), len(packed.values)
+    if (ones := int(starts[-1])) != kept:
+        raise RuntimeError(
+            f"a bitmap of {list(packed.bitmap.shape)} does not count {kept} values, but {ones}"
+        )
     at_once = rows if packed.bitmap.device.type != "cpu" else max(1, TILE // max(1, columns))
-    buffer = packed.values.new_empty(min(rows, at_once) if expand else 0, columns)
-    offset = 0
     for first in range(0, rows, max(1, at_once)):
         last = min(first + at_once, rows)
-        bits = unpack_bits(packed.bitmap[first:last], columns)
-        kept = int(bits.sum())
-        values = packed.values[offset : offset + kept]
-        if len(values) != kept:
-            break
-        offset += kept
-        tile = buffer[: last - first] if expand else buffer
-        if expand:
-            tile.zero_().masked_scatter_(bits, values)
-        yield first, last, tile, bits
-    if offset != len(packed.values):
-        raise RuntimeError(
-            f"a bitmap of {list(packed.bitmap.shape)} does not count {len(packed.values)} values"
-        )
+        yield first, last, int(starts[first]), int(starts[last])
