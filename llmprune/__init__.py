@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from llmprune.run import prune as prune
     from llmprune.runtime.linear import SparseLinear as SparseLinear
     from llmprune.runtime.quantizer import SparseConfig as SparseConfig
+    from llmprune.runtime.swap import densify as densify
+    from llmprune.runtime.swap import sparsify as sparsify
 
 __version__ = "0.1.0"
 
@@ -35,8 +37,10 @@ _HOME = {
     "SparseConfig": "runtime.quantizer",
     "SparseLinear": "runtime.linear",
     "Unstructured": "pattern",
+    "densify": "runtime.swap",
     "masks": "model",
     "prune": "run",
+    "sparsify": "runtime.swap",
     "sparsity": "model",
 }
 __all__ = sorted(_HOME)

@@ -10,7 +10,7 @@ import inspect
 import re
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from llmprune.errors import ConfigError, ModelError
 from llmprune.preserve import evaluating, random_state
@@ -97,7 +97,7 @@ def _by_shape(module: nn.Module, attribute: str) -> bool | None:
     if rows != columns and sizes in ((rows, columns), (columns, rows)):
         return sizes == (columns, rows)
     first, second = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
-    if isinstance(first, Tensor) and isinstance(second, Tensor):
+    if first is not None and second is not None:  # tensors, or the views of packed ones
         (_, a, b), (_, c, d) = first.shape, second.shape
         if (a, b) == (2 * d, c) or (b, a) == (2 * c, d):
             return (b, a) == (2 * c, d)

@@ -9,90 +9,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from llmprune import experts
 from llmprune.errors import ConfigError, DataError, ModelError
+from llmprune.matrix import Matrix as Matrix
+from llmprune.runtime.experts import PackedModule
+from llmprune.runtime.linear import SparseLinear
 
 # Where a config says how deep the decoder is; in a decoder that was cut from an encoder-decoder,
 # `num_hidden_layers` is the encoder's. Longcat counts two halves of each block there.
 _DEPTHS = ("decoder_layers", "num_decoder_layers", "num_hidden_layers", "num_layers")
 _SENSES = ("vision", "image", "visual", "audio", "speech")  # encoders beside the language model
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """One prunable weight.
-
-    Attributes:
-        name: full module name, such as `model.layers.0.mlp.up_proj`; for an expert of a fused parameter
-            `model.layers.0.mlp.experts.3.gate_up_proj`, as if it were a module of its own.
-        module: the module that holds it.
-        transposed: whether it is stored [in, out].
-        block: index of the decoder block, or None for a matrix outside of them.
-        attribute: name of the parameter in the module.
-        expert: which slice of a fused parameter it is, or None for a parameter of two dimensions.
-    """
-
-    name: str
-    module: nn.Module
-    transposed: bool
-    block: int | None
-    attribute: str = "weight"
-    expert: int | None = None
-
-    @property
-    def parameter(self) -> nn.Parameter:
-        """The whole parameter, in its own layout: [experts, ., .] where experts are fused."""
-        parameter = getattr(self.module, self.attribute)
-        assert isinstance(parameter, nn.Parameter)
-        return parameter
-
-    @property
-    def parameter_name(self) -> str:
-        """The parameter's name in the model, as `named_parameters` gives it."""
-        if self.expert is None:
-            return f"{self.name}.{self.attribute}"
-        return f"{experts.owner(self.name, self.attribute)}.{self.attribute}"
-
-    @property
-    def number(self) -> int | None:
-        """Which expert it belongs to, fused or a module of its own; None where every token comes."""
-        return experts.number(self.name) if self.expert is None else self.expert
-
-    @property
-    def siblings(self) -> str:
-        """One name for the same matrix of all experts of a block."""
-        if self.expert is not None:
-            return self.parameter_name
-        return re.sub(r"\bexperts\.\d+\.", "experts.", self.name)
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight as [out, in], sharing memory with the model."""
-        weight = self._stored()
-        return weight.T if self.transposed else weight
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in)."""
-        out, features = self.weight.shape
-        return out, features
-
-    @torch.no_grad()
-    def write(self, weight: Tensor) -> None:
-        """Put `weight` [out, in] into the model."""
-        self._stored().copy_(weight.T if self.transposed else weight)
-
-    def _stored(self) -> Tensor:
-        """The weight in its own layout, sharing memory with the model, outside of autograd."""
-        parameter = self.parameter.data
-        return parameter if self.expert is None else parameter[self.expert]
 
 
 def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -167,9 +98,13 @@ def every_matrix(model: nn.Module) -> Iterator[Matrix]:
     for name, module in model.named_modules():
         inside = re.match(rf"{re.escape(prefix)}\.(\d+)\.", name)
         index = int(inside[1]) if inside else None
-        if _is_matrix(module) and id(module.weight) not in seen:
+        if isinstance(module, SparseLinear):
+            yield Matrix(name, module, module.transposed, index)
+        elif _is_matrix(module) and id(module.weight) not in seen:
             seen.add(id(module.weight))
             yield Matrix(name, module, type(module).__name__ == "Conv1D", index)
+        if isinstance(module, PackedModule):
+            yield from _held(model, name, module, index, probed)
         for attribute, parameter in experts.fused(module):
             if id(parameter) not in seen:
                 seen.add(id(parameter))
@@ -177,6 +112,25 @@ def every_matrix(model: nn.Module) -> Iterator[Matrix]:
                 for e in range(len(parameter)):
                     called = experts.named(name, attribute, e)
                     yield Matrix(called, module, flipped, index, attribute, e)
+
+
+def _held(
+    model: nn.Module,
+    name: str,
+    module: PackedModule,
+    index: int | None,
+    probed: dict[tuple[type, str], bool],
+) -> Iterator[Matrix]:
+    """The matrices that a module of experts, or a linear layer of a family's own, holds packed."""
+    for attribute, room in module.rooms.items():
+        if len(room.shape) == 2:
+            yield Matrix(name, module, False, index, attribute)
+            continue
+        flipped = room.transposed
+        if flipped is None:
+            flipped = experts.transposed(model, module, attribute, probed)
+        for e in range(room.shape[0]):
+            yield Matrix(experts.named(name, attribute, e), module, flipped, index, attribute, e)
 
 
 def _is_matrix(module: nn.Module) -> bool:
@@ -212,7 +166,7 @@ def _refuse_tied(model: nn.Module, chosen: Sequence[Matrix]) -> None:
         id(m.weight): name for name, m in model.named_modules() if isinstance(m, nn.Embedding)
     }
     for matrix in chosen:
-        if id(matrix.parameter) in embeddings:
+        if not matrix.packed and id(matrix.parameter) in embeddings:
             tied = embeddings[id(matrix.parameter)]
             raise ModelError(
                 f"{matrix.name} is tied to the embedding {tied}; untie it or ignore it"
@@ -234,6 +188,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
         raise ModelError("the model carries adapters; merge_and_unload() them before pruning")
     if getattr(model, "quantization_method", None) or getattr(model, "is_quantized", False):
         raise ModelError("the model is quantised; prune the original, then quantise")
+    if any(isinstance(m, SparseLinear | PackedModule) for m in model.modules()):
+        raise ModelError("the model's weights are packed; llmprune.densify(model) it, then prune")
     return model
 
 

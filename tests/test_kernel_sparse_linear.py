@@ -138,6 +138,17 @@ def test_what_is_kept_for_the_backward():
         )
 
 
+@pytest.mark.parametrize("leading", [(), (4,), (2, 3)], ids=str)
+def test_the_output_may_be_changed_in_place(leading):
+    """As models do that add a residual to it."""
+    packed = pack(matrix(9, 13))
+    x = inputs(*leading, 13).requires_grad_()
+    out = run(x, packed, None, False)
+    out.add_(1).mul_(2)
+    out.sum().backward()
+    torch.testing.assert_close(x.grad, 2 * matrix(9, 13).sum(0).expand_as(x))
+
+
 def test_second_derivatives_of_inputs():
     packed = pack(matrix(5, 7))
     x = inputs(3, 7).double().requires_grad_()

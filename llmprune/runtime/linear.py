@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -231,33 +232,47 @@ class SparseLinear(nn.Linear):
         )
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, *args: Any
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         """Take values of any number with their bitmap, or a dense `weight` for the mask that is here."""
-        values, bitmap = (state_dict.get(f"{prefix}weight_{part}") for part in ("values", "bitmap"))
-        if values is not None and bitmap is not None:
-            check_packed(Packed(values, bitmap, self.shape))
-            if values.shape != self.weight_values.shape:
-                room = self.weight_values.new_empty(values.shape)
-                self.weight_values = nn.Parameter(room, self.weight_values.requires_grad)
-        elif f"{prefix}weight" in state_dict:
-            self._take_dense(state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        take_packed(self, "weight", self.shape, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def _take_dense(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """Replace a dense `weight`, in its own layout, by its packed form under the mask of here."""
-        dense = state_dict.pop(f"{prefix}weight")
-        if tuple(dense.shape) != self.shape:
-            raise CheckpointError(
-                f"{prefix}weight is {list(dense.shape)}, the layer {list(self.shape)}"
-            )
-        bits = unpack_bits(self.weight_bitmap, self.shape[1]).to(dense.device)
+
+def take_packed(
+    module: nn.Module, name: str, shape: Sequence[int], state_dict: dict[str, Any], prefix: str
+) -> None:
+    """Before a module loads its own: check a packed parameter and make room for as many values.
+
+    Args:
+        module: holds `<name>_values` and `<name>_bitmap`.
+        name: of the parameter when it is dense.
+        shape: of the parameter when it is dense.
+        state_dict: what is loaded; a dense parameter in it gives place to its packed form.
+        prefix: of the module's keys.
+
+    Raises:
+        CheckpointError: for what does not fit, or a dense weight that is not zero outside the mask.
+    """
+    key, bitmap = prefix + name, module.get_buffer(f"{name}_bitmap")
+    if key in state_dict and f"{key}_values" not in state_dict:
+        dense = state_dict.pop(key)
+        if tuple(dense.shape) != tuple(shape):
+            raise CheckpointError(f"{key} is {list(dense.shape)}, the layer {list(shape)}")
+        bits = unpack_bits(bitmap, shape[-1]).to(dense.device)
         if outside := int(((dense != 0) & ~bits).sum()):
             raise CheckpointError(
-                f"{prefix}weight has {outside} weights that are zero here; densify() the model first"
+                f"{key} has {outside} weights that are zero here; call llmprune.densify(model) first"
             )
-        state_dict[f"{prefix}weight_values"] = dense[bits]
-        state_dict[f"{prefix}weight_bitmap"] = self.weight_bitmap
+        state_dict |= {f"{key}_values": dense[bits], f"{key}_bitmap": bitmap}
+    values, given = state_dict.get(f"{key}_values"), state_dict.get(f"{key}_bitmap")
+    if values is None or given is None:
+        return  # torch says what is missing
+    check_packed(Packed(values, given, tuple(shape)))
+    mine = module.get_parameter(f"{name}_values")
+    if values.shape != mine.shape:
+        room = nn.Parameter(mine.new_empty(values.shape), mine.requires_grad)
+        setattr(module, f"{name}_values", room)
 
 
 def check_packed(packed: Packed) -> None:

@@ -1,0 +1,231 @@
+"""Modules with a forward of their own that hold their parameters packed: fused experts above all.
+
+The module stays what it is, of a class made from its own, so that the family's forward, activations and
+biases are those of transformers. Where it reads `gate_up_proj`, it finds a view: `gate_up_proj[e]` is
+multiplied packed, one expert at a time. transformers has faster ways to run dense experts (grouped_mm), which
+need them all dense at once; packed ones always run the family's own loop.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from llmprune.checkpoint.census import Axis
+from llmprune.kernels.packed import Packed, unpack_bits
+from llmprune.kernels.sparse_linear import expanded
+from llmprune.runtime.linear import check_packed, take_packed
+from llmprune.runtime.view import PackedMatrix, PackedStack
+
+
+@dataclass(frozen=True)
+class Room:
+    """What is known of a packed parameter but for its tensors.
+
+    Attributes:
+        shape: of the dense parameter, [experts, rows, columns] or [rows, columns].
+        pattern: `n:m`, which every group holds, or `unstructured`.
+        axis: whether the groups lie along `rows` or `columns`.
+        transposed: whether it is stored [experts, in, out]; None where nobody has said.
+    """
+
+    shape: tuple[int, ...]
+    pattern: str
+    axis: Axis
+    transposed: bool | None = None
+
+
+class PackedModule(nn.Module):
+    """What is added to a module's class; made by `hold`, undone by `release`.
+
+    Attributes:
+        rooms: its packed parameters; of each, `<name>_values` [kept] is a parameter that requires no
+            gradient until asked to, and `<name>_bitmap` a uint8 buffer, as in docs/format.md.
+    """
+
+    _is_hf_initialized: ClassVar[bool] = True
+    _dense_class: ClassVar[type[nn.Module]]
+    _own_forward: ClassVar[Callable[..., Any]]
+
+    rooms: dict[str, Room]
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self.__dict__.get("rooms", ()):
+            return self._view(name)
+        return super().__getattr__(name)
+
+    def packed(self, name: str) -> Packed:
+        """Values and bitmap of a packed parameter, not copied."""
+        values, bitmap = self._parameters[f"{name}_values"], self._buffers[f"{name}_bitmap"]
+        assert values is not None
+        assert bitmap is not None
+        return Packed(values, bitmap, self.rooms[name].shape)
+
+    def check(self) -> None:
+        """Refuse values and bitmaps that do not fit each other; to be called when they are loaded.
+
+        Raises:
+            CheckpointError: saying what does not fit.
+        """
+        for name in self.rooms:
+            check_packed(self.packed(name))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The family's own."""
+        if torch.compiler.is_compiling() and any(len(r.shape) > 2 for r in self.rooms.values()):
+            return self._apart(*args, **kwargs)
+        return self._run(*args, **kwargs)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _apart(self, *args: Any, **kwargs: Any) -> Any:
+        """Which experts run depends on the data: torch.compile has to leave them alone."""
+        return self._run(*args, **kwargs)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        self.__dict__["_shares"] = {}
+        try:
+            return self._own_forward(self, *args, **kwargs)
+        finally:
+            del self.__dict__["_shares"]
+
+    def _view(self, name: str) -> Any:
+        packed, room = self.packed(name), self.rooms[name]
+        if len(room.shape) == 2:
+            view = PackedMatrix(packed, room.pattern, room.axis)
+            return view.expanded() if torch.compiler.is_compiling() else view
+        values_of = self._shared_out(name, packed)
+
+        def matrix(expert: int) -> PackedMatrix:
+            one = Packed(values_of(expert), packed.bitmap[expert], packed.shape[1:])
+            return PackedMatrix(one, room.pattern, room.axis)
+
+        return PackedStack(matrix, room.shape[0])
+
+    def _shared_out(self, name: str, packed: Packed) -> Callable[[int], Tensor]:
+        """Gives the values of an expert.
+
+        Those that are trained are cut apart once for a forward: a slice for each expert would have a
+        gradient as long as all of them.
+        """
+        starts = self._starts(name, packed.bitmap)
+        if not (packed.values.requires_grad and torch.is_grad_enabled()):
+            return lambda expert: packed.values[starts[expert] : starts[expert + 1]]
+        shares = self.__dict__.get("_shares", {})
+        if name not in shares:
+            lengths = [end - start for start, end in pairwise(starts)]
+            shares[name] = torch.split(packed.values, lengths)
+        parts: tuple[Tensor, ...] = shares[name]
+        return parts.__getitem__
+
+    def _starts(self, name: str, bitmap: Tensor) -> list[int]:
+        """Where the values of each expert begin; counted once for a bitmap as it stands."""
+        counted = self.__dict__.setdefault("_counted", {})
+        known = counted.get(name)
+        if known is None or known[0] is not bitmap or known[1] != bitmap._version:
+            bits = [int(unpack_bits(one, 8 * one.shape[-1]).sum()) for one in bitmap]
+            starts = list(accumulate(bits, initial=0))
+            known = counted[name] = bitmap, bitmap._version, starts
+        found: list[int] = known[2]
+        return found
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self.__dict__.pop("_counted", None)  # it holds on to the bitmaps that are replaced
+        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_counted", "_shares")}
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickled by the family's class: the one made from it has no place to be imported from."""
+        return _blank, (self._dense_class,), self.__getstate__()
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Take values of any number with their bitmap, or a dense parameter for the mask that is here."""
+        for name, room in self.rooms.items():
+            take_packed(self, name, room.shape, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        """What is packed."""
+        told = [super().extra_repr()] if super().extra_repr() else []
+        for name, room in self.rooms.items():
+            told.append(f"{name}: {room.pattern}, {self.packed(name).bytes:,} bytes")
+        return ", ".join(told)
+
+
+def hold(
+    module: nn.Module,
+    name: str,
+    packed: Packed,
+    pattern: str,
+    axis: Axis,
+    transposed: bool | None = None,
+) -> None:
+    """Replace a module's parameter `name` by its packed form, in place; the module gets another class.
+
+    Args:
+        module: any; others keep their reference to it, and its hooks stay.
+        name: of a parameter of its own, [experts, rows, columns] or [rows, columns].
+        packed: what to hold, not copied; on the meta device to make room for what is to be loaded.
+        pattern: `n:m`, which every group holds, or `unstructured`.
+        axis: along which the groups lie.
+        transposed: whether it is stored [experts, in, out], if that is known.
+
+    Raises:
+        CheckpointError: when values and bitmap do not fit each other.
+    """
+    check_packed(packed)
+    del module._parameters[name]
+    values = nn.Parameter(packed.values.detach(), requires_grad=False)
+    module.register_parameter(f"{name}_values", values)
+    module.register_buffer(f"{name}_bitmap", packed.bitmap)
+    if not isinstance(module, PackedModule):
+        kind: Any = type(module)
+        module.__dict__["rooms"] = {}
+        module.__class__ = _packed_class(kind)
+    module.__dict__["rooms"][name] = Room(tuple(packed.shape), pattern, axis, transposed)
+
+
+@torch.no_grad()
+def release(module: PackedModule, name: str) -> None:
+    """Undo `hold`: the parameter is dense again, bit for bit, and requires gradients as any other."""
+    packed = module.packed(name)
+    dense = expanded(packed.values, packed.bitmap, packed.shape)
+    del module._parameters[f"{name}_values"], module._buffers[f"{name}_bitmap"], module.rooms[name]
+    module.__dict__.pop("_counted", None)
+    module.register_parameter(name, nn.Parameter(dense))
+    if not module.rooms:
+        del module.__dict__["rooms"]
+        module.__class__ = module._dense_class  # type: ignore[assignment]
+
+
+@functools.cache
+def _packed_class(dense: Any) -> type[PackedModule]:
+    """A class like `dense`, of the same name, by which families and PEFT are told apart."""
+    body = {"_dense_class": dense, "_own_forward": staticmethod(_own_forward(dense))}
+    body |= {"__module__": dense.__module__, "__doc__": dense.__doc__}
+    made: type[PackedModule] = type(dense.__name__, (PackedModule, dense), body)
+    return made
+
+
+def _blank(dense: Any) -> nn.Module:
+    """What unpickling fills."""
+    made = _packed_class(dense)
+    return made.__new__(made)
+
+
+def _own_forward(dense: Any) -> Callable[..., Any]:
+    """The family's own loop over experts, below what transformers wraps around it."""
+    forward: Any = dense.forward
+    while "use_experts_implementation" in forward.__code__.co_qualname:
+        forward = forward.__wrapped__
+    own: Callable[..., Any] = forward
+    return own
