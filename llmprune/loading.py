@@ -12,8 +12,9 @@ import torch
 
 from llmprune.checkpoint import sparse
 from llmprune.checkpoint.expanded import load_expanded
+from llmprune.checkpoint.files import check_folder
 from llmprune.checkpoint.quiet import quiet
-from llmprune.errors import ConfigError, LLMPruneError, ModelError, nearest
+from llmprune.errors import ConfigError, LLMPruneError, ModelError, nearest, short
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -72,7 +73,8 @@ def check(name: str, *, trust_remote_code: bool = False, revision: str | None = 
     """Read the config of `name` (folder, Hub id or `demo`) and refuse what cannot be pruned.
 
     Raises:
-        ModelError: not found, not a causal language model, quantised, or weights only in pickle files.
+        ModelError: not found, not a causal language model, or quantised.
+        CheckpointError: for a folder that leads out of itself, or holds no safetensors.
     """
     from transformers import AutoConfig
 
@@ -87,14 +89,14 @@ def check(name: str, *, trust_remote_code: bool = False, revision: str | None = 
     if local.is_dir():
         if not (local / "config.json").is_file():
             raise ModelError(f"{name} has no config.json; --model takes a transformers checkpoint")
-        _refuse_pickle(name, local)
+        check_folder(local)
     elif not _HUB_ID.fullmatch(path):
         raise ModelError(f"no folder {name!r}, and no Hub id either (those read user/name)")
     try:
         config = AutoConfig.from_pretrained(
             path, trust_remote_code=trust_remote_code, revision=revision
         )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a config may hold anything, and each class reads it its own way
         raise ModelError(_why_unreadable(name, error)) from error
     packed = sparse.take_from(config)
     _refuse_config(name, config)
@@ -111,46 +113,45 @@ def _why_unreadable(name: str, error: Exception) -> str:
             f"{name} is private or gated: accept its licence on the Hub and log in (hf auth login)"
         )
     if "model_type" in text or "does not recognize" in text:
-        return f"{name} is of no family that this transformers knows: {text[:160]}"
+        return f"{name} is of no family that this transformers knows: {short(text, 160)}"
+    if Path(name).is_dir():
+        return f"config.json of {name} is not usable: {type(error).__name__}, {short(text, 160)}"
     return (
         f"model {name!r} was not found: no such folder, and the Hub did not give it "
         f"({type(error.__cause__ or error).__name__}); check the spelling and the network, or pass a folder"
     )
 
 
-def _refuse_pickle(name: str, folder: Path) -> None:
-    """Only safetensors are read: a pickle can run code."""
-    if any(folder.glob("*.safetensors")):
-        return
-    if pickles := sorted(f.name for p in ("*.bin", "*.pt", "*.pth") for f in folder.glob(p)):
-        raise ModelError(
-            f"{name} holds its weights in pickle format ({pickles[0]}), which can run code; "
-            "llmprune reads safetensors only: convert it with save_pretrained first"
-        )
-    raise ModelError(f"{name} holds no .safetensors file")
-
-
 def _refuse_config(name: str, config: Any) -> None:
     """Refuse quantised models, encoders and everything that is not a causal language model."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    named = getattr(config, "architectures", None) or []
+    if not isinstance(named, list) or not all(isinstance(c, str) for c in named):
+        raise ModelError(
+            f"{name} names {short(named)} as its architectures; that is a list of names"
+        )
     if (quantised := getattr(config, "quantization_config", None)) is not None:
         how = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-        raise ModelError(f"{name} is already quantised ({how}); prune the original, then quantise")
+        raise ModelError(
+            f"{name} is already quantised ({short(how)}); prune the original, then quantise"
+        )
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{name} is an encoder-decoder ({config.model_type}), not a causal LM")
     families = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    code = getattr(config, "auto_map", None)
+    remote = isinstance(code, dict) and "AutoModelForCausalLM" in code
     if config.model_type not in families and not remote:
         raise ModelError(f"{name} is no causal language model (model type {config.model_type})")
     classes = {c for v in families.values() for c in (v if isinstance(v, tuple | list) else (v,))}
-    named = getattr(config, "architectures", None) or []
     encoder = config.model_type in families and not getattr(config, "is_decoder", True)
     causal = any(c in classes or c.endswith(("ForCausalLM", "LMHeadModel")) for c in named)
     if named and not causal and not remote and not _is_bare(named):
-        raise ModelError(f"{name} is a {named[0]}, not a causal language model")
+        raise ModelError(f"{name} is a {short(named[0])}, not a causal language model")
     if encoder and _has_encoder_twin(config.model_type) and not causal:
-        raise ModelError(f"{name} is an encoder ({named[0] if named else config.model_type})")
+        raise ModelError(
+            f"{name} is an encoder ({short(named[0]) if named else config.model_type})"
+        )
 
 
 def _is_bare(architectures: list[str]) -> bool:
@@ -194,9 +195,9 @@ def open_model(
     try:
         with quiet():
             model, info = load(source, device_map, attention)
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        if isinstance(error, LLMPruneError):
-            raise
+    except LLMPruneError:
+        raise
+    except Exception as error:  # what does not fit the config fails anywhere inside of transformers
         raise ModelError(_why_unloadable(source.name, error)) from error
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
@@ -231,7 +232,7 @@ def _why_unloadable(name: str, error: Exception) -> str:
     text = " ".join(str(error).split())
     if "safetensors" in text and ("not found" in text or "does not appear" in text):
         return f"{name} has no safetensors weights; llmprune does not read pickle files, which can run code"
-    return f"{name} could not be loaded: {text[:240]}"
+    return f"{name} could not be loaded: {type(error).__name__}, {short(text, 240)}"
 
 
 def check_choice(dtype: str, device: str) -> torch.device:
@@ -271,7 +272,11 @@ def _cast(model: Any, wanted: torch.dtype | None) -> dict[str, torch.dtype]:
 
 
 def tokenizer(source: Source) -> Any:
-    """The checkpoint's tokenizer, or None where it has none."""
+    """The checkpoint's tokenizer, or None where it has none.
+
+    Raises:
+        ModelError: for one that cannot be read.
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -280,3 +285,9 @@ def tokenizer(source: Source) -> Any:
         )
     except (OSError, ValueError, KeyError, ImportError, TypeError):  # TypeError: no vocabulary file
         return None  # calibration text then asks for one by name; ids need none
+    except (
+        Exception
+    ) as error:  # its files hold what their author likes; tokenizers raises a bare one
+        raise ModelError(
+            f"the tokenizer of {source.name} is not usable: {type(error).__name__}, {short(error, 160)}"
+        ) from error

@@ -98,7 +98,7 @@ class Guard:
         self._found = found = []
         self._written = (_real(scratch), _real(tempfile.gettempdir()) + "/tmp")
         self._read = (_real(folder), *self._written, *self._own)
-        before, size = set(sys.modules), _size(folder)
+        before, size = len(sys.modules), _size(folder)
         soft, hard = resource.getrlimit(resource.RLIMIT_AS)
         resource.setrlimit(resource.RLIMIT_AS, (_mapped() + MARGIN + GROWTH * size, hard))
         self._on = True
@@ -108,9 +108,9 @@ class Guard:
             self._on = False
             resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
             found += self._compiled()
-            found += [f"imports {name}" for name in self._foreign(set(sys.modules) - before)]
+            found += [f"imports {name}" for name in self._foreign([*sys.modules][before:])]
 
-    def _foreign(self, modules: set[str]) -> list[str]:
+    def _foreign(self, modules: list[str]) -> list[str]:
         files = {name: getattr(sys.modules[name], "__file__", None) for name in modules}
         return [n for n, f in files.items() if f and not _real(f).startswith(self._own)]
 

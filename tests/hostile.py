@@ -54,6 +54,13 @@ CONFIG = {
     "dtype": "float32",
 }
 
+TOKENIZER = {
+    "version": "1.0",
+    "added_tokens": [],
+    "pre_tokenizer": {"type": "WhitespaceSplit"},
+    "model": {"type": "WordLevel", "vocab": {f"w{i}": i for i in range(10)}, "unk_token": "w0"},
+}
+
 
 class Choices:
     """Decisions read from bytes; when those are used up, each is the first option."""
@@ -204,7 +211,8 @@ def _stored(weight: np.ndarray, dtype: str) -> bytes:
 
 
 def _objects(sparse: bool, index: dict[str, str] | None) -> dict[str, Any]:
-    objects: dict[str, Any] = {"config.json": dict(CONFIG)}
+    objects: dict[str, Any] = {"config.json": dict(CONFIG), "tokenizer.json": TOKENIZER}
+    objects["tokenizer_config.json"] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     if sparse:
         objects["config.json"]["quantization_config"] = {
             "quant_method": "llmprune",
@@ -237,7 +245,7 @@ def outside(place: Path) -> Path:
     draft = finish(valid(sparse=False, shards=1))
     folder = place / "outside"
     draft.write(folder)
-    for name in ("tokenizer.json", "secret.json", "evil.py", INDEX):
+    for name in ("tokenizer.1.json", "secret.json", "evil.py", INDEX):
         (folder / name).write_text(json.dumps({"model_type": SECRET}))
     return folder
 

@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 from hostile import INDEX
 
+from llmprune import loading
 from llmprune.checkpoint import files, sparse, tensors
 from llmprune.checkpoint.inspect import inspect
+from llmprune.checkpoint.skeleton import open_shelf
 
 Reader = Callable[[Path, Path], object]
 
@@ -23,14 +25,12 @@ def listing(folder: Path, scratch: Path) -> object:
 
 
 def values(folder: Path, scratch: Path) -> object:
-    """Every tensor, in pieces; the first two rows of each once more."""
+    """Every tensor; of matrices, two rows once more."""
     found = tensors.index(files.find(folder))
     for stored in found.values():
-        taken = sum(piece.nbytes for piece in tensors.pieces(stored))
-        assert taken == stored.bytes
-        if len(stored.shape) > 1 and stored.shape[0] > 1:
+        assert tensors.Later(stored)[...].nbytes == stored.bytes
+        if len(stored.shape) == 2 and stored.shape[0] > 1:
             tensors.read_rows(stored, torch.tensor([0, 1]))
-        tensors.Later(stored)[...]
     return found
 
 
@@ -66,7 +66,32 @@ def specs(folder: Path, scratch: Path) -> object:
     return said
 
 
+def config(folder: Path, scratch: Path) -> object:
+    """What `--model` looks at first, and the tokenizer."""
+    source = loading.check(str(folder))
+    return loading.tokenizer(source)
+
+
+def model(folder: Path, scratch: Path) -> object:
+    """`--model` in memory: transformers reads the files."""
+    return loading.open_model(loading.check(str(folder)), device="cpu")
+
+
+def shelf(folder: Path, scratch: Path) -> object:
+    """`--model` from disk to disk: a model without weights."""
+    return open_shelf(loading.check(str(folder)), dtype=None, device=torch.device("cpu"))
+
+
 READERS: dict[str, Reader] = {
     "files": listing,
+    "tensors": values,
+    "inspect": inspection,
     "specs": specs,
+}
+
+SLOW: dict[str, Reader] = {  # those that build a model, and what the others have nearly seen
+    "inspect one file": one_file,
+    "config": config,
+    "model": model,
+    "shelf": shelf,
 }

@@ -47,6 +47,10 @@ FIELDS = [
     "_attn_implementation", "attn_implementation", "trust_remote_code", "text_config", "intermediate_size",
     "head_dim", "hidden_act", "layer_types", "format_version", "patterns",
 ]  # fmt: skip
+TOKENIZERS = [
+    "fast_tokenizer_files", "tokenizer_file", "vocab_file", "merges_file", "auto_map", "tokenizer_class",
+    "chat_template", "added_tokens_decoder", "model_max_length", "extra_special_tokens", "init_inputs",
+]  # fmt: skip
 CODE = {
     "AutoConfig": "evil.Evil",
     "AutoModelForCausalLM": "evil.Evil",
@@ -353,6 +357,27 @@ def config_code(draft: Draft, choices: Choices) -> None:
     draft.changes.append(_evil)
 
 
+def tokenizer_lies(draft: Draft, choices: Choices) -> None:
+    """Files of the tokenizer that are elsewhere, code, and settings of wrong types."""
+    name = choices.one(["tokenizer_config.json", "tokenizer_config.json", "tokenizer.json"])
+    found = draft.objects.setdefault(name, {})
+    if not isinstance(found, dict):
+        return
+    key = choices.one([*TOKENIZERS, *sorted(found)])
+    path = choices.one(["outside/tokenizer.1.json", "../outside/tokenizer.1.json", "/etc/passwd"])
+    found[key] = choices.one([path, [path], {"AutoTokenizer": ["evil.Evil", None]}, *ODD])
+    draft.changes.append(_evil)
+
+
+def adapter(draft: Draft, choices: Choices) -> None:
+    """An adapter beside the model, whose base is elsewhere."""
+    base = choices.one(["outside", "../outside", "/etc", "ann/base", None])
+    draft.objects["adapter_config.json"] = {"base_model_name_or_path": base, "peft_type": "LORA"}
+    draft.changes.append(
+        lambda folder: (folder / "adapter_model.bin").write_bytes(b"\x80\x04.") and None
+    )
+
+
 def object_is_odd(draft: Draft, choices: Choices) -> None:
     draft.objects[choices.one(sorted(draft.objects) or ["config.json"])] = choices.one(ODD)
 
@@ -459,7 +484,7 @@ PARTS: dict[str, list[Mutation]] = {
     "metadata": [spec_is_odd, spec_shape, spec_claims, spec_name, spec_twice, metadata_is_odd],
     "content": [content_lies, fewer_values],
     "index": [index_path, index_everywhere, index_is_odd],
-    "config": [config_field, config_code, object_is_odd],
+    "config": [config_field, config_code, object_is_odd, tokenizer_lies, adapter],
     "folder": [link_out, link_in, not_a_file, more_files],
 }  # fmt: skip
 

@@ -16,7 +16,7 @@ from llmprune.checkpoint.decoder import axes, is_decoder
 from llmprune.checkpoint.files import Files
 from llmprune.checkpoint.sparse import BITMAP, VALUES
 from llmprune.checkpoint.tensors import Stored
-from llmprune.errors import CheckpointError
+from llmprune.errors import CheckpointError, short
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def read(
             for name in sorted(keys or ()):
                 if name not in there:
                     raise CheckpointError(
-                        f"{shard} of {files.source} lacks {name}, which the index expects in it"
+                        f"{short(shard)} of {files.source} lacks {short(name)}, which the index expects"
                     )
             packed = tensors.packed(path, *tensors.header(path))
             parts = {name + part for name in packed for part in (VALUES, BITMAP)}
@@ -82,9 +82,9 @@ def read(
                 dtype = str(file.get_slice(name).get_dtype())
                 yield _described(name, shard, file.get_tensor(name), dtype, model_type)
     except (OSError, SafetensorError) as error:
-        what = " ".join(str(error).split())
         raise CheckpointError(
-            f"{shard} of {files.source} is damaged or cut short ({what}); copy or download it again"
+            f"{short(shard)} of {files.source} is damaged or cut short ({short(error, 160)}); copy or "
+            "download it again"
         ) from error
 
 

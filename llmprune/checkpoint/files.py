@@ -98,6 +98,11 @@ class Files:
                     f"{_INDEX} of {self.source} names {short(shard)!r}, outside of the checkpoint; "
                     "do not trust it"
                 )
+            if not shard.endswith(".safetensors"):  # transformers would unpickle it
+                raise CheckpointError(
+                    f"{_INDEX} of {self.source} names {short(shard)}, which is no .safetensors file; "
+                    f"{_CONVERT}"
+                )
             if shard not in there:
                 raise CheckpointError(
                     f"{short(shard)} of {self.source} is missing; the index expects {short(key)} in "
@@ -116,17 +121,42 @@ def find(source: str | Path, revision: str | None = None, token: str | None = No
     """
     path, name = Path(source).expanduser(), str(source)
     if path.is_dir():
-        return Files(name, tuple(sorted(_listed(path))), partial(_inside, path))
+        return Files(short(name, 200), tuple(sorted(_listed(path))), partial(_inside, path))
     if path.is_file():
         if path.suffix != ".safetensors":
             why = _CONVERT if path.suffix in _PICKLES else "pass a folder or a .safetensors file"
-            raise CheckpointError(f"{name} is no .safetensors file; {why}")
-        return Files(name, (path.name,), path.parent.joinpath)
+            raise CheckpointError(f"{short(name, 200)} is no .safetensors file; {why}")
+        return Files(short(name, 200), (path.name,), path.parent.joinpath)
     if not _REPO.fullmatch(name):
         raise CheckpointError(
-            f"no folder or file {name!r}, and no Hub id either (those read user/name)"
+            f"no folder or file {short(name, 200)!r}, and no Hub id either (those read user/name)"
         )
     return _on_hub(name, revision, token)
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a local checkpoint that leads out of its folder, before others open its files.
+
+    transformers follows links, and joins the folder with what the index and tokenizer_config.json name.
+
+    Raises:
+        CheckpointError: for such a checkpoint, and one without safetensors.
+    """
+    for place, folders, names in os.walk(folder):
+        for name in (*folders, *names):
+            _inside(folder, Path(place, name).relative_to(folder).as_posix())
+    found = find(folder)
+    found.shards()
+    if "adapter_config.json" in found.names:  # transformers would put it on the model
+        raise CheckpointError(
+            f"{folder} holds an adapter beside the model; merge it into the model"
+        )
+    tokenizers = found.json("tokenizer_config.json").get("fast_tokenizer_files") or []
+    if not isinstance(tokenizers, list) or not {str(t) for t in tokenizers} <= {*found.names}:
+        raise CheckpointError(
+            f"tokenizer_config.json of {folder} names {short(tokenizers)} as its fast_tokenizer_files, "
+            "which are not all there; take the entry out"
+        )
 
 
 def _listed(folder: Path) -> Iterator[str]:

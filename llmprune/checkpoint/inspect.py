@@ -19,6 +19,7 @@ from llmprune.checkpoint.file_census import read
 from llmprune.checkpoint.files import find
 from llmprune.checkpoint.sparse import DTYPES, FORMAT_VERSION
 from llmprune.checkpoint.target import size
+from llmprune.errors import short
 from llmprune.progress import interval
 
 
@@ -92,9 +93,10 @@ class Inspection:
     def layers(self) -> str:
         """A row per decoder matrix, in the order of the blocks, for a terminal."""
         ordered = sorted(
-            self.decoder, key=lambda t: [int(p) if p.isdigit() else -1 for p in t.name.split(".")]
+            self.decoder,
+            key=lambda t: [(len(p), p) if p.isdecimal() else (0, "") for p in t.name.split(".")],
         )
-        names = [t.name.removesuffix(".weight") for t in ordered]
+        names = [short(t.name.removesuffix(".weight"), 120) for t in ordered]
         width = max(map(len, names), default=0)
         return "\n".join(
             f"{name:<{width}} {'x'.join(map(str, t.shape)):>14} {_share([t]):>8.2%}  {_held([t])}"
@@ -110,7 +112,7 @@ class Inspection:
             dtypes = {t.dtype for t in found}
             lines.append(
                 row(
-                    kind[-28:],
+                    short(kind[-28:], 28),
                     len(found),
                     shapes.pop() if len(shapes) == 1 else "several",
                     dtypes.pop() if len(dtypes) == 1 else "several",

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from llmprune.checkpoint import tensors
 from llmprune.checkpoint.quiet import quiet
 from llmprune.checkpoint.tensors import Later, Stored
-from llmprune.errors import ModelError, WalkError
+from llmprune.errors import ModelError, WalkError, short
 from llmprune.memory import trim
 from llmprune.model import blocks
 
@@ -77,7 +77,9 @@ class Shelf:
         self._conversions = getattr(self.model, "_weight_conversions", None)
         if wrong := sorted(info.mismatched_keys):
             name, got, want = wrong[0]
-            raise ModelError(f"{name} has shape {tuple(got)}, its config asks for {tuple(want)}")
+            raise ModelError(
+                f"{short(name)} has shape {short(list(got))}, its config asks for {list(want)}"
+            )
         ignored = getattr(self.model, "_keys_to_ignore_on_load_missing", None) or ()
         missing = {k for k in info.missing_keys if not any(re.search(p, k) for p in ignored)}
         have = set(self._names) - missing
@@ -253,7 +255,7 @@ class Shelf:
             info, _ = convert_and_load_state_dict_in_model(self.model, dict(values), config)
         if info.conversion_errors:
             name, error = next(iter(info.conversion_errors.items()))
-            raise ModelError(f"transformers cannot convert {name}: {' '.join(str(error).split())}")
+            raise ModelError(f"transformers cannot convert {short(name)}: {short(error, 160)}")
         for name, parameter in self.model.named_parameters():
             if not parameter.is_meta or device.type == "meta":
                 parameter.requires_grad_(False)

@@ -14,7 +14,7 @@ from llmprune.checkpoint import tensors
 from llmprune.checkpoint.files import find
 from llmprune.checkpoint.shelf import Shelf
 from llmprune.checkpoint.tensors import Stored
-from llmprune.errors import ModelError
+from llmprune.errors import LLMPruneError, ModelError, short
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,10 +45,12 @@ def open_shelf(
     own = own_dtype(source.config, stored)
     try:
         model = _skeleton(source, own, attention)
-    except (ValueError, ImportError, RuntimeError, NotImplementedError) as error:
-        line = " ".join(str(error).split())[:240]
+        return Shelf(model, stored, device, _compute_dtypes(model, dtype, own))
+    except LLMPruneError:
+        raise
+    except Exception as error:  # what a config asks for may be impossible in any way
+        line = f"{type(error).__name__}, {short(error, 240)}"
         raise ModelError(f"{source.name} cannot be built without its weights: {line}") from error
-    return Shelf(model, stored, device, _compute_dtypes(model, dtype, own))
 
 
 def _skeleton(source: Source, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
@@ -86,7 +88,7 @@ def own_dtype(config: Any, stored: Mapping[str, Stored]) -> torch.dtype:
     """The dtype that `from_pretrained(dtype="auto")` computes in: the config's, else the files'."""
     named = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
     if isinstance(named, str):
-        named = getattr(torch, named)
+        named = getattr(torch, named, None)
     if isinstance(named, torch.dtype):
         return named
     floats = [s.dtype for s in stored.values() if s.dtype.is_floating_point]

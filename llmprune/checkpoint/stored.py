@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llmprune.checkpoint.sparse import Spec
-from llmprune.errors import CheckpointError
+from llmprune.errors import CheckpointError, short
 
 DTYPES = {
     "F64": torch.float64,
@@ -127,12 +127,14 @@ def read(file: Path, start: int, count: int, dtype: torch.dtype) -> Tensor:
                 done = opened.readinto(rest)
                 if not done:
                     raise CheckpointError(
-                        f"{file} is cut short: it ends before byte {start + count * dtype.itemsize}; "
-                        "copy or download it again"
+                        f"{short(file, 200)} is cut short: it ends before byte "
+                        f"{start + count * dtype.itemsize}; copy or download it again"
                     )
                 rest = rest[done:]
     except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from error
+        raise CheckpointError(
+            f"{short(file, 200)} cannot be read: {error.strerror or error}"
+        ) from error
     return out
 
 

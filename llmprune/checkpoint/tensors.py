@@ -27,6 +27,7 @@ from llmprune.checkpoint.stored import size_of as size_of
 from llmprune.checkpoint.unpack import Unpacker
 from llmprune.errors import CheckpointError, short
 
+_DIMENSIONS, _WIDEST = 64, 16  # torch's limit; bytes of the widest element
 ROWS_AT_ONCE = 2**26  # bytes of a tensor that are copied at a time
 
 
@@ -42,8 +43,8 @@ def index(files: Files) -> dict[str, Stored]:
             packed = stored.packed or (key in found and found[key].packed)
             if key in found and packed:
                 raise CheckpointError(
-                    f"{key} is in {found[key].file.name} and in {stored.file.name}, once packed at "
-                    "least; get the checkpoint again"
+                    f"{short(key)} is in {short(found[key].file.name)} and in "
+                    f"{short(stored.file.name)}, once packed at least; get the checkpoint again"
                 )
             found[key] = stored
     return found
@@ -62,8 +63,8 @@ def of_file(path: Path) -> dict[str, Stored]:
         entry = entries[key]
         if entry["dtype"] not in DTYPES:
             raise CheckpointError(
-                f"{key} in {path.name} is stored as {entry['dtype']}, which llmprune does not prune; "
-                "convert the checkpoint to bfloat16 first"
+                f"{short(key)} in {short(path.name)} is stored as {entry['dtype']}, which llmprune "
+                "does not prune; convert the checkpoint to bfloat16 first"
             )
         dtype, start = DTYPES[entry["dtype"]], entry["data_offsets"][0]
         found[key] = Stored(path, dtype, tuple(entry["shape"]), start)
@@ -98,9 +99,20 @@ def header(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
             f"the header of {short(path.name)} cannot be read ({short(error)}); get it again"
         ) from error
     entries.pop("__metadata__", None)
-    for entry in entries.values():
+    for key, entry in entries.items():
+        if not _possible(entry["shape"]):
+            raise CheckpointError(
+                f"{short(key)} in {short(path.name)} has shape {short(entry['shape'])}, which torch "
+                "cannot hold; get it again"
+            )
         entry["data_offsets"] = [8 + length + offset for offset in entry["data_offsets"]]
     return about, entries
+
+
+def _possible(shape: list[int]) -> bool:
+    """Whether torch can hold a tensor of this shape: one without elements has strides, too."""
+    longest = math.prod(max(1, n) for n in shape[:_DIMENSIONS])
+    return len(shape) <= _DIMENSIONS and longest * _WIDEST < 2**63
 
 
 class opened:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llmprune.checkpoint.stored import Stored, read
-from llmprune.errors import CheckpointError
+from llmprune.errors import CheckpointError, short
 from llmprune.kernels.packed import Packed, unpack
 from llmprune.kernels.packed import count as ones_in
 
@@ -85,6 +85,6 @@ class Unpacker:
 
     def _broken(self, why: str) -> CheckpointError:
         return CheckpointError(
-            f"{self._stored.file} is damaged: {why} (a matrix of shape {list(self._stored.shape)}); "
-            "copy or download it again"
+            f"{short(self._stored.file, 200)} is damaged: {why} (a matrix of shape "
+            f"{list(self._stored.shape)}); copy or download it again"
         )
