@@ -94,8 +94,8 @@ def pack_gemv(packed: Packed, n: int, m: int) -> GemvLayout:
     """The layout of a matrix that keeps at most n of every m neighbours in a row; on its own device.
 
     Raises:
-        ValueError: for another dtype than bfloat16 and float16, an m other than 2, 4, 8 or 16, more than
-            two dimensions, or a matrix that is not n:m.
+        ValueError: for another dtype than bfloat16 and float16, an m other than 2, 4, 8 or 16, an n:m that
+            takes no less than the dense matrix, more than two dimensions, or a matrix that is not n:m.
     """
     _check(packed, n, m)
     rows, columns = packed.shape
@@ -180,29 +180,30 @@ def nm_gemv(
     even = chunks % warps == 0 and chunks * chunk.columns == columns
     y = x.new_empty((tokens, rows))
     parts = y if split == 1 else x.new_empty((split, tokens, rows), dtype=torch.float32)
-    gemv_kernel[(blocks, split)](
-        layout.words,
-        _by_column(x, wide * tiles),
-        bias if bias is not None else x,
-        parts,
-        rows,
-        columns,
-        chunks,
-        tokens,
-        N=chunk.n,
-        M=chunk.m,
-        BITS=chunk.bits,
-        VALUES=chunk.values,
-        TOKENS=wide,
-        TILES=tiles,
-        WARPS=warps,
-        SPLIT=split,
-        EVEN=even,
-        BFLOAT=layout.dtype is torch.bfloat16,
-        BIAS=bias is not None and split == 1,
-        num_warps=warps,
-    )
-    return y if split == 1 else add_parts(parts, y, bias)
+    with on_device_of(x):
+        gemv_kernel[(blocks, split)](
+            layout.words,
+            _by_column(x, wide * tiles),
+            y if bias is None else bias.contiguous(),
+            parts,
+            rows,
+            columns,
+            chunks,
+            tokens,
+            N=chunk.n,
+            M=chunk.m,
+            BITS=chunk.bits,
+            VALUES=chunk.values,
+            TOKENS=wide,
+            TILES=tiles,
+            WARPS=warps,
+            SPLIT=split,
+            EVEN=even,
+            BFLOAT=layout.dtype is torch.bfloat16,
+            BIAS=bias is not None and split == 1,
+            num_warps=warps,
+        )
+        return y if split == 1 else add_parts(parts, y, bias)
 
 
 def nm_gemv_reference(x: Tensor, layout: GemvLayout, bias: Tensor | None = None) -> Tensor:
@@ -211,6 +212,11 @@ def nm_gemv_reference(x: Tensor, layout: GemvLayout, bias: Tensor | None = None)
     weight = unpack(unpack_gemv(layout)).float()
     shift = None if bias is None else bias.float()
     return torch.nn.functional.linear(x.float(), weight, shift).to(x.dtype)
+
+
+def on_device_of(x: Tensor) -> torch.cuda.device:
+    """Where x is, during a launch: Triton launches on the current device. Without effect on a CPU."""
+    return torch.cuda.device(x.device.index if x.is_cuda else -1)
 
 
 def add_parts(
@@ -226,7 +232,7 @@ def add_parts(
     out, block = y.shape[1], 256
     add_kernel[(-(-out // block), tokens)](
         parts,
-        bias if bias is not None else parts,
+        parts if bias is None else bias.contiguous(),
         y,
         out,
         tokens * rows,
@@ -264,6 +270,10 @@ def _split(blocks: int, turns: int) -> int:
 def _check(packed: Packed, n: int, m: int) -> None:
     if m not in (2, 4, 8, 16) or not 0 < n < m:
         raise ValueError(f"nm_gemv takes m of 2, 4, 8 or 16 and 0 < n < m, got {n}:{m}")
+    if (16 + Chunk(n, m).bits) * n >= 16 * m:
+        raise ValueError(
+            f"with the places of its values, {n}:{m} takes no less than the dense matrix"
+        )
     if len(packed.shape) != 2:
         raise ValueError(f"nm_gemv takes one matrix, got shape {list(packed.shape)}")
     if packed.values.dtype not in (torch.bfloat16, torch.float16):
@@ -274,7 +284,9 @@ def _check_call(x: Tensor, layout: GemvLayout, bias: Tensor | None) -> None:
     rows, columns = layout.shape
     if x.ndim != 2 or not 0 < x.shape[0] <= TOKENS or x.shape[1] != columns:
         raise ValueError(f"nm_gemv takes x [1 to {TOKENS}, {columns}], got {list(x.shape)}")
-    if x.dtype != layout.dtype:
-        raise ValueError(f"x is {x.dtype}, the weight {layout.dtype}")
+    if x.dtype != layout.dtype or x.device != layout.words.device:
+        raise ValueError(
+            f"x is {x.dtype} on {x.device}, the weight {layout.dtype} on {layout.words.device}"
+        )
     if bias is not None and bias.shape != (rows,):
         raise ValueError(f"the bias of {rows} rows has shape {list(bias.shape)}")

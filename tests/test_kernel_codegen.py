@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from codegen import ARCHITECTURES, Found, Job, can_compile, found, longest_loop
 
 from llmprune.kernels.nm_gemv import Chunk
+from llmprune.kernels.s24_layout import COLUMNS, ROWS, TILES
 
 pytest.importorskip("triton", reason="triton is not installed on this platform")
 
@@ -24,6 +27,8 @@ GEMV = {
     (1, 8, 16): 5.0,
     (1, 5, 16): 3.0,
 }
+# The same for s24_mma, by tokens.
+S24 = {8: 0.54, 16: 0.91, 32: 1.7, 64: 3.3}
 EXCHANGES = {"LDS", "STS", "SHFL", "BAR", "LDL", "STL"}
 
 
@@ -45,15 +50,43 @@ def gemv(arch: int, tokens: int, n: int, m: int, even: bool = True, bfloat: bool
     return Job("nm_gemv_triton", "gemv_kernel", types, constants, WARPS, arch, False, unaligned)
 
 
-def no_detours(one: Found) -> None:
+def s24(
+    arch: int,
+    tokens: int,
+    half: str = "bf16",
+    every: bool = True,
+    gated: bool = False,
+    parts: bool = False,
+) -> Job:
+    eights = 1 << (-(-tokens // 8) - 1).bit_length()
+    value = {"bf16": "*bf16", "f16": "*fp16"}[half]
+    types = {"words": "*i32", "x": "*i32", "bias": value, "y": "*fp32" if parts else value}
+    types |= dict.fromkeys(("chunks", "share", "tokens", "out"), "i32")
+    constants: dict[str, int | bool | str] = {"WARPS": WARPS, "TILES": TILES, "EIGHTS": eights}
+    constants |= {"HALF": half, "ALL": every, "BIAS": not parts, "GATED": gated, "PARTS": parts}
+    unaligned = ["chunks", "share", "tokens", "out"]
+    return Job("s24_gluon", "s24_kernel", types, constants, WARPS, arch, True, unaligned)
+
+
+def with_ones(job: Job, *names: str) -> Job:
+    """The arguments `names` are 1: Triton then makes constants of them, which have fewer methods."""
+    types = {name: of for name, of in job.types.items() if name not in names}
+    return replace(job, types=types, constants=job.constants | dict.fromkeys(names, 1))
+
+
+def no_detours(one: Found, apart: Set[str] = frozenset()) -> None:
     """Outside the loop ptxas may put a word or two aside, as it does for sm_100."""
     assert one.stack <= 16, "registers are spilled"
-    assert not EXCHANGES & one.loop.keys(), f"values change lanes or are spilled: {one.loop}"
+    detours = EXCHANGES - apart & one.loop.keys()
+    assert not detours, f"values change lanes or are spilled: {one.loop}"
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_nm_gemv_compiles_without_detours(arch: int, tmp_path: Path, root: Path) -> None:
-    jobs = [gemv(arch, 1, 2, 4), gemv(arch, 8, 8, 16, even=False, bfloat=False)]
+    jobs = [
+        with_ones(gemv(arch, 1, 2, 4), "tokens"),
+        gemv(arch, 8, 8, 16, even=False, bfloat=False),
+    ]
     for job, one in zip(jobs, found(jobs, tmp_path, root), strict=True):
         no_detours(one)
         assert one.registers <= 128, job
@@ -67,6 +100,51 @@ def test_nm_gemv_stays_within_its_instructions(tmp_path: Path, root: Path) -> No
         took = one.per_weight(32 * Chunk(*which[1:]).columns)
         assert took <= most, f"{which}: {took:.2f} slots per weight, {one.loop}"
         assert took <= BUDGET_H200 or which[0] > 4
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_s24_mma_compiles_to_sparse_tensor_cores(arch: int, tmp_path: Path, root: Path) -> None:
+    jobs = [
+        with_ones(s24(arch, 1), "tokens"),
+        s24(arch, 16, "f16", every=False, gated=True),
+    ]
+    for job, one in zip(jobs, found(jobs, tmp_path, root), strict=True):
+        no_detours(one, {"SHFL"})  # neighbours trade halves of the inputs
+        half = ".BF16" if job.constants["HALF"] == "bf16" else ""
+        assert one.names == [f"HMMA.SP.16832.F32{half}"]
+        eights = job.constants["EIGHTS"]
+        assert one.loop["HMMA"] == 8 * TILES * eights  # steps of a chunk, each once
+        assert one.loop["SHFL"] == 8 * 2 * eights
+
+
+def test_s24_mma_stays_within_its_instructions(tmp_path: Path, root: Path) -> None:
+    jobs = [s24(90, tokens) for tokens in S24]
+    for (tokens, most), one in zip(S24.items(), found(jobs, tmp_path, root), strict=True):
+        no_detours(one, {"SHFL"})
+        assert one.stack == 0
+        took = one.per_weight(TILES * ROWS * COLUMNS)
+        assert took <= most < BUDGET_H200, f"{tokens}: {took:.2f} slots per weight, {one.loop}"
+
+
+def test_every_variant_compiles(tmp_path: Path, root: Path) -> None:
+    """What the launchers may ask for beside what the tests above look into, for one GPU."""
+    every = [(t, g, p) for t in (1, 16) for g in (False, True) for p in (False, True)]
+    jobs = [s24(90, tokens, "f16", False, gated, parts) for tokens, gated, parts in every]
+    jobs += [
+        with_ones(s24(90, 1, every=False, gated=True), "tokens", "chunks", "share", "out"),
+        with_ones(s24(90, 1, parts=True), "tokens", "chunks", "share", "out"),
+        with_ones(gemv(90, 1, 2, 4, even=False), "tokens", "chunks", "rows"),
+        gemv(90, 2, 3, 4, even=False),
+        *(add(gated) for gated in (False, True)),
+        with_ones(add(False), "out", "step"),
+    ]
+    assert all(one.stack <= 16 for one in found(jobs, tmp_path, root))
+
+
+def add(gated: bool) -> Job:
+    types = {"parts": "*fp32", "bias": "*bf16", "y": "*bf16", "out": "i32", "step": "i32"}
+    constants = {"SPLIT": 4, "BIAS": True, "GATED": gated, "BLOCK": 256}
+    return Job("split_triton", "add_kernel", types, constants, 4, 90, False, ["out", "step"])
 
 
 def test_the_longest_loop_is_found() -> None:

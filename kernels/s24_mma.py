@@ -1,0 +1,176 @@
+"""A 2:4 matrix times 1 to 64 tokens on sparse tensor cores, without decoding anything.
+
+What bounds a product of so few tokens is reading the weights. Tensor cores of compute capability 8.0 and
+newer take a 2:4 matrix as 9 bits per weight; `s24_layout` lays it out in exactly the order in which the lanes
+of a warp feed it to the instruction. Inputs are read in their natural order, 16 bytes to a lane, and
+neighbouring lanes trade halves. The loop takes half an instruction per weight at 8 tokens and 3 at 64, where
+an H200 has 7.7 while it reads.
+
+The warps of a program, and with `split` several programs, share out the columns. Sums are float32 and always
+in the same order. Of a gate and an up matrix laid out together, one product gives silu(gate) * up, in float32
+up to the end: closer to the truth than a model that rounds gate and up in between.
+
+State: the source of the kernel, its inline assembly included, gives the products of float64 when an emulator
+of the instructions runs it on a CPU (tests/gluon_on_cpu.py, tests/test_kernel_s24_mma.py); places are ordered
+as torch orders them for CUTLASS; it compiles with Triton 3.6, 3.7 and 3.9 for sm_80, 86, 89, 90, 100 and 120,
+without spills and without shared memory in the loop (tests/test_kernel_codegen.py). **It has not run on a
+GPU.** Its speed is unknown, warps and split are guesses, and nothing dispatches to it yet. `unavailable`
+compares it with the reference once on each GPU before use.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from .nm_gemv import add_parts, on_device_of
+from .packed import pack, unpack
+from .s24_layout import COLUMNS, TILES, S24Layout, pack_gate_up, pack_s24, unpack_s24
+
+TOKENS = 64  # at most
+_WARPS = 8  # of a program; a guess, not measured
+_PROGRAMS = 264  # a split aims at two programs on each of an H200's 132 processors; not measured
+
+
+def s24_mma(
+    x: Tensor,  # [tokens, columns], 1 to 64 tokens, dtype of the layout
+    layout: S24Layout,
+    bias: Tensor | None = None,  # [rows], gated [2 * rows]: of gate, then of up
+    *,
+    warps: int = _WARPS,
+    split: int | None = None,
+) -> Tensor:
+    """The product x @ weight.T + bias, [tokens, rows] in the dtype of x; equals `s24_mma_reference`.
+
+    Gated: silu(x @ gate.T + bias) * (x @ up.T + bias).
+
+    Needs CUDA tensors on a device that `unavailable` finds nothing against.
+
+    Args:
+        x: activations.
+        layout: the weight, or gate and up.
+        bias: any floating dtype.
+        warps: of a program, a power of two: in how many parts it takes the columns.
+        split: programs that share the columns of 32 rows; None chooses by the size of the matrix.
+
+    Raises:
+        ValueError: for another number of tokens, width or dtype.
+    """
+    _check_call(x, layout, bias)
+    from .s24_gluon import s24_kernel
+
+    rows, tokens = layout.shape[0], x.shape[0]
+    tiles, chunks = layout.words.shape[:2]
+    programs = tiles // TILES
+    split = split or max(1, min(_PROGRAMS // programs, chunks // warps))
+    share = -(-chunks // split)
+    y = x.new_empty((tokens, rows))
+    parts = y
+    if split > 1:
+        parts = x.new_empty((split, tokens, rows * (2 if layout.gated else 1)), dtype=torch.float32)
+    with on_device_of(x):
+        s24_kernel[(programs, split)](
+            layout.words,
+            _words(x, chunks * COLUMNS),
+            y if bias is None else bias.contiguous(),
+            parts,
+            chunks,
+            share,
+            tokens,
+            rows,
+            WARPS=warps,
+            TILES=TILES,
+            EIGHTS=1 << (-(-tokens // 8) - 1).bit_length(),
+            HALF="bf16" if layout.dtype is torch.bfloat16 else "f16",
+            ALL=share * split == chunks and share % warps == 0,
+            BIAS=bias is not None and split == 1,
+            GATED=layout.gated,
+            PARTS=split > 1,
+            num_warps=warps,
+        )
+        return y if split == 1 else add_parts(parts, y, bias, layout.gated)
+
+
+def s24_mma_reference(x: Tensor, layout: S24Layout, bias: Tensor | None = None) -> Tensor:
+    """What `s24_mma` equals, in plain torch: the dense product in float32."""
+    _check_call(x, layout, bias)
+    weight = torch.cat([unpack(matrix) for matrix in unpack_s24(layout)]).float()
+    y = torch.nn.functional.linear(x.float(), weight, None if bias is None else bias.float())
+    if layout.gated:
+        gate, up = y.chunk(2, dim=1)
+        y = torch.nn.functional.silu(gate) * up
+    return y.to(x.dtype)
+
+
+@cache
+def unavailable(device: torch.device) -> str | None:
+    """Why `s24_mma` must not be used on `device`, in a few words, or None.
+
+    Compiles the kernel and compares it with its reference, once for each device of a process.
+    """
+    if device.type != "cuda" or torch.version.hip:
+        return "needs an NVIDIA GPU"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"needs compute capability 8.0 for sparse tensor cores, this GPU has {major}.{minor}"
+    try:
+        from triton import TritonError
+
+        from . import s24_gluon  # noqa: F401
+    except ImportError as error:
+        return f"needs a triton with Gluon ({error})"
+    try:
+        wrong = _wrong(device)
+    except (RuntimeError, TritonError) as error:
+        return f"does not run on this GPU: {str(error).strip().splitlines()[-1][:200]}"
+    return f"gives wrong results on this GPU: {wrong}" if wrong else None
+
+
+def _wrong(device: torch.device) -> str | None:
+    """The first of a few small products that is not that of the reference."""
+    random = torch.Generator().manual_seed(0)
+    for dtype in (torch.bfloat16, torch.float16):
+        for tokens, rows, columns, split, gated in _TRIALS:
+            dense = torch.randn(2, rows, columns // 4, 4, generator=random)
+            dense[..., 1:3] *= torch.rand(dense[..., 1:3].shape, generator=random) < 0.5
+            least = dense.abs().topk(2, dim=-1, largest=False).indices
+            packed = [pack(m.to(device)) for m in dense.scatter(-1, least, 0).flatten(2).to(dtype)]
+            layout = pack_gate_up(*packed) if gated else pack_s24(packed[0])
+            x = torch.randn(tokens, columns, generator=random).to(device, dtype)
+            bias = torch.randn(rows * (2 if gated else 1), generator=random).to(device, dtype)
+            y = s24_mma(x, layout, bias, split=split).float()
+            expected = s24_mma_reference(x, layout, bias).float()
+            # Two roundings of the result, and a float32 sum in another order.
+            allowed = expected.abs() * 2 * torch.finfo(dtype).eps + 1e-3 * expected.abs().max()
+            if not bool(((y - expected).abs() <= allowed).all()):
+                return f"[{tokens}, {columns}] x [{rows}, {columns}] {dtype}, gated={gated}"
+    return None
+
+
+# tokens, rows, columns, split, gated
+_TRIALS = [(1, 32, 2048, 1, False), (9, 72, 1100, 2, False), (33, 40, 2048, 1, True)]
+
+
+def _words(x: Tensor, columns: int) -> Tensor:
+    """X as int32 [tokens, columns / 2], filled up with zeros, on an address that 16 bytes divide."""
+    if x.shape[1] < columns:
+        x = torch.nn.functional.pad(x, (0, columns - x.shape[1]))
+    x = x.contiguous()
+    if x.data_ptr() % 16:
+        x = x.clone()
+    return x.view(torch.int32)
+
+
+def _check_call(x: Tensor, layout: S24Layout, bias: Tensor | None) -> None:
+    rows, columns = layout.shape
+    if x.ndim != 2 or not 0 < x.shape[0] <= TOKENS or x.shape[1] != columns:
+        raise ValueError(f"s24_mma takes x [1 to {TOKENS}, {columns}], got {list(x.shape)}")
+    if x.dtype != layout.dtype or x.device != layout.words.device:
+        raise ValueError(
+            f"x is {x.dtype} on {x.device}, the weight {layout.dtype} on {layout.words.device}"
+        )
+    wanted = rows * (2 if layout.gated else 1)
+    if bias is not None and bias.shape != (wanted,):
+        raise ValueError(f"the bias of {wanted} rows has shape {list(bias.shape)}")
