@@ -212,16 +212,15 @@ def _methods(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print as JSON")
     args = parser.parse_args(argv)
     import json
-    from dataclasses import fields
 
-    from llmprune.methods import known
+    from llmprune.methods import known, offered
 
     if args.json:
         plain = {
             name: {
                 "paper": method.paper,
                 "within": method.within,
-                "settings": {f.name: f.default for f in fields(method)},  # type: ignore[arg-type]
+                "settings": offered(name),
             }
             for name, method in known().items()
         }
@@ -230,6 +229,6 @@ def _methods(argv: Sequence[str]) -> int:
     for name, method in known().items():
         summary = (method.__doc__ or "").strip().splitlines()[0]
         print(f"{name}: {summary}\n    {method.paper}; compares within {method.within}")
-        for f in fields(method):  # type: ignore[arg-type]
-            print(f"    --set {f.name}={str(f.default).lower()}")
+        for key, default in offered(name).items():
+            print(f"    --set {key}={str(default).lower()}")
     return 0

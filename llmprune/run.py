@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -111,7 +111,7 @@ class PruneConfig:
         method, pattern = self.built()
         return {
             "method": self.method,
-            "settings": asdict(method),  # type: ignore[call-overload]
+            "settings": method.settings(),
             "sparsity": str(pattern),
             "within": getattr(pattern, "within", f"{pattern} neighbours"),
             "ragged": self.ragged,

@@ -207,6 +207,12 @@ class Gram:
         own = self.sums.diagonal() if self._diagonal is None else self._diagonal
         return own.clone()
 
+    def norms(self) -> InputNorms:
+        """What `InputNorms` would have learnt of the same inputs."""
+        found = InputNorms(self.diagonal)
+        found.tokens = self.tokens
+        return found
+
     def inverse_factor(self, damping: float) -> InverseFactor:
         """The upper Cholesky factor of the inverse of the damped Gram matrix, computed once.
 

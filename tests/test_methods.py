@@ -17,7 +17,7 @@ from llmprune.methods import base
 from llmprune.pattern import NM, Pattern, Unstructured, Within
 from llmprune.stats import Gram, InputNorms, NoStats
 
-NAMES = ("magnitude", "wanda", "sparsegpt")
+NAMES = ("magnitude", "wanda", "ria", "sparsegpt", "alps")
 WITHIN: tuple[Within, ...] = ("row", "matrix", "columns")
 
 
@@ -316,7 +316,7 @@ def test_magnitude_ranks_over_the_matrix() -> None:
     assert torch.equal(pruned.keep.flatten(), keep)
 
 
-@pytest.mark.parametrize("name", ["magnitude", "wanda"])
+@pytest.mark.parametrize("name", ["magnitude", "wanda", "ria"])
 def test_scored_methods_leave_kept_weights_as_they_are(name: str) -> None:
     weight, inputs = problem(9, 48)
     pruned = run(name, weight, inputs, NM(2, 4))
@@ -499,11 +499,11 @@ def test_every_method_says_what_it_is() -> None:
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("wand", {}, "no method 'wand': did you mean 'wanda'.*magnitude, sparsegpt, wanda"),
+        ("wand", {}, "no method 'wand': did you mean 'wanda'.*magnitude, ria, sparsegpt, wanda"),
         ("sparse-gpt", {}, "did you mean 'sparsegpt'"),
         ("zzz", {}, "no method 'zzz': known: "),
         ("sparsegpt", {"damp": 0.1}, "no setting 'damp': did you mean 'damping'"),
-        ("magnitude", {"x": 1}, "magnitude has no setting 'x': it has none"),
+        ("magnitude", {"x": 1}, "magnitude has no setting 'x': known: refit, refit_damping"),
         ("sparsegpt", {"damping": "much"}, "damping of sparsegpt takes a number, got 'much'"),
         ("sparsegpt", {"block": "1.5"}, "block of sparsegpt takes a whole number, got '1.5'"),
         ("sparsegpt", {"block": True}, "takes a whole number, got True"),
@@ -564,4 +564,10 @@ def test_a_registered_class_is_a_method(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_statistics_are_of_the_type_that_the_method_asks_for() -> None:
     kinds = {name: methods.get(name).stats for name in NAMES}
-    assert kinds == {"magnitude": NoStats, "wanda": InputNorms, "sparsegpt": Gram}
+    assert kinds == {
+        "magnitude": NoStats,
+        "wanda": InputNorms,
+        "ria": InputNorms,
+        "sparsegpt": Gram,
+        "alps": Gram,
+    }

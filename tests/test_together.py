@@ -43,10 +43,13 @@ def test_the_factor_of_an_input_is_gone_when_the_next_one_is_made(
     [NM(2, 4), NM(3, 7), NM(8, 16), *(Unstructured(0.5, w) for w in get_args(Within))],
     ids=str,
 )
-@pytest.mark.parametrize("name", ["magnitude", "wanda", "sparsegpt"])
-def test_together_is_as_one_by_one(name: str, pattern: Pattern, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("refit", [False, True], ids=["", "refit"])
+@pytest.mark.parametrize("name", ["magnitude", "wanda", "ria", "sparsegpt"])
+def test_together_is_as_one_by_one(
+    name: str, refit: bool, pattern: Pattern, dtype: torch.dtype
+) -> None:
     random = torch.Generator().manual_seed(0)
-    method = methods.build(name)
+    method = methods.build(name, {"refit": True} if refit else {})
     stats = method.stats.empty(560, torch.device("cpu"))
     stats.add(torch.randn(900, 560, generator=random) * torch.logspace(-1, 1, 560))
     weights = [torch.randn(out, 560, generator=random).to(dtype) for out in (48, 16, 1, 24)]

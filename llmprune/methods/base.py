@@ -77,6 +77,8 @@ class Method(ABC, Generic[S]):
         stats: the accumulator type that it learns from.
         within: the comparison group it was published with, used unless the user chooses another.
         exact: whether it keeps exactly the counts of the pattern; only a variant may not.
+        refits: whether it finds the best values for its mask itself, or can learn nothing to find them by;
+            any other takes `--set refit=true`.
         paper: where it comes from.
     """
 
@@ -84,6 +86,11 @@ class Method(ABC, Generic[S]):
     stats: ClassVar[type[Any]]
     within: ClassVar[Within]
     paper: ClassVar[str]
+    refits: ClassVar[bool] = False
+
+    def settings(self) -> dict[str, Any]:
+        """Every setting with its value, defaults too."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
 
     @property
     def exact(self) -> bool:
@@ -177,21 +184,42 @@ def get(name: str) -> type[Method[Any]]:
     return _METHODS[name]
 
 
+def offered(name: str) -> dict[str, Any]:
+    """The settings of the method called `name` with their defaults; of those that may be refit, `refit` too.
+
+    Raises:
+        ConfigError: when there is none, with the nearest name.
+    """
+    cls = get(name)
+    own = {f.name: f.default for f in fields(cls)}  # type: ignore[arg-type]
+    return {**own, **({} if cls.refits else _refit().SETTINGS)}
+
+
 def build(name: str, settings: Mapping[str, Any] | None = None) -> Method[Any]:
     """The method called `name` with `settings`: values, or text as typed after `--set`.
 
     Raises:
-        ConfigError: for a field that the method does not have, or a value of the wrong type.
+        ConfigError: for a setting that the method does not have, or a value of the wrong type.
     """
-    cls = get(name)
-    kinds = {f.name: type(f.default) for f in fields(cls)}  # type: ignore[arg-type]
+    kinds = {key: type(default) for key, default in offered(name).items()}
     values: dict[str, Any] = {}
     for key, value in (settings or {}).items():
         if key not in kinds:
             have = nearest(key, list(kinds)) if kinds else "it has none"
             raise ConfigError(f"{name} has no setting {key!r}: {have}")
         values[key] = _typed(name, key, value, kinds[key])
-    return cls(**values)
+    cls = get(name)
+    if cls.refits:
+        return cls(**values)
+    built: Method[Any] = _refit().wrapped(cls, values)
+    return built
+
+
+def _refit() -> Any:
+    """The module of the refit, whose class is a method itself."""
+    from llmprune.methods import refit
+
+    return refit
 
 
 def _typed(method: str, key: str, value: Any, kind: type[Any]) -> Any:

@@ -34,7 +34,7 @@ from llmprune.errors import ConfigError
 from llmprune.methods.base import Method, Pruned, Share, register
 from llmprune.methods.wanda import Wanda
 from llmprune.pattern import NM, Pattern, Unstructured, Within, keep_highest, kth_lowest
-from llmprune.stats import Gram, InputNorms, Stats
+from llmprune.stats import Gram, Stats
 
 TOKENS_PER_FEATURE = 1.5
 """Tokens that an expert must have seen, a share of its inputs' number. With fewer the Gram matrix has
@@ -80,9 +80,7 @@ class SparseGPT(Method[Gram]):
 
     def fallback(self, stats: Gram) -> tuple[Method[Any], Stats]:
         """Wanda, whose norms are the diagonal of the Gram matrix."""
-        norms = InputNorms(stats.diagonal)
-        norms.tokens = stats.tokens
-        return Wanda(), norms
+        return Wanda(), stats.norms()
 
     def prune(self, weight: Tensor, stats: Gram, pattern: Pattern) -> Pruned:
         """Sweep the columns of `weight` [out, in] from left to right."""

@@ -1,0 +1,243 @@
+"""The exact refit: given which weights stay, the values that disturb the layer's output least.
+
+For a mask S this solves, row by row and to convergence,
+
+    min over B with support S of  tr((W - B) (G + damping * diag G) (W - B)^T),    G = X^T X
+
+by conjugate gradients. It is the step that ends ALPS (Meng et al. 2024, arXiv 2406.07831, sec. 3.3),
+here one that can follow any method: `--set refit=true`.
+
+Features are scaled to unit size first: V = W D and A = D^-1 G D^-1 + damping I with D = diag(G)^(1/2).
+That is the Jacobi preconditioner, and it makes damping fair to all features: a share of the mean diagonal,
+as SparseGPT adds it, is ruled by a few large activations and drowns the others. Damping draws weights to
+their dense values, not to zero. What few tokens do not show needs more of it: see `DAMPING`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from llmprune.errors import ConfigError
+from llmprune.methods.base import Method, Pruned, Share
+from llmprune.pattern import Pattern
+from llmprune.stats import Gram, InputNorms, NoStats, Stats
+
+DAMPING = 0.1
+TOLERANCE = 1e-5  # of a row: its slope on the kept weights, over its slope where all are zero
+MOST = 300  # steps; rows that are not solved by then are counted in the notes
+CHUNK = 2**22  # weights that are solved at a time: float32 matrices of 16 MiB
+SETTINGS: dict[str, bool | float] = {"refit": False, "refit_damping": DAMPING}
+UNIT = 16
+"""Rows leave the products only in such numbers that so many remain: products of fewer rows round otherwise,
+and the result must not depend on how rows are shared out (llmprune/share.py)."""
+
+
+class Problem:
+    """What rows v that read one input share: to minimise (v - y) A (v - y)^T, features at unit size.
+
+    Attributes:
+        scale: [features] float32, D over the root of its mean square; 1 where dead.
+        dead: [features] bool, features that were zero on every token: only damping acts on them.
+        damping: what is added to the diagonal of ones.
+    """
+
+    def __init__(self, stats: Gram, damping: float) -> None:
+        """`damping` is that of one token per feature."""
+        squares = stats.diagonal
+        self.dead = squares <= 0
+        live = squares[~self.dead]
+        unit = live.double().mean() if len(live) else squares.new_ones((), dtype=torch.float64)
+        root = (squares.double() / unit).sqrt().masked_fill_(self.dead, 1)
+        self.scale = root.float()
+        self._inverse = (1 / root).masked_fill_(self.dead, 0).float()
+        self._unit = float(unit)
+        self._gram = stats.gram  # whole from here on
+        self.damping = damping * len(squares) / max(1, stats.tokens)
+
+    def times(self, v: Tensor) -> Tensor:
+        """The products v A for rows v [rows, features] float32."""
+        product = (v * self._inverse) @ self._gram
+        return product.mul_(self._inverse / self._unit).add_(v, alpha=self.damping)
+
+    def undamped(self) -> Tensor:
+        """A less damping, [features, features] float64: ones on the diagonal, zero where dead."""
+        inverse = self._inverse.double()
+        return self._gram.double().mul_(inverse / self._unit).mul_(inverse[:, None])
+
+
+def refit(weight: Tensor, keep: Tensor, problem: Problem) -> tuple[Tensor, int]:
+    """The best values for the kept ones of `weight` [out, in]: as conjugate gradients find them.
+
+    A kept weight of a feature that was never seen stays as it is.
+
+    Returns:
+        [out, in] in the dtype of `weight`, zero where `keep` is False; and how many rows were not solved.
+    """
+    found = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    unsolved = 0
+    for rows in chunks(*weight.shape):
+        mask = keep[rows]
+        y, failed = _solve(weight[rows].float() * problem.scale, mask, problem)
+        found[rows] = (y / problem.scale).to(weight.dtype).where(mask, 0)
+        unsolved += failed
+    return found, unsolved
+
+
+def chunks(rows: int, features: int) -> Iterator[slice]:
+    """All rows in order, as many at a time as CHUNK allows, a multiple of UNIT."""
+    step = max(1, CHUNK // features // UNIT) * UNIT
+    yield from (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def _solve(v: Tensor, keep: Tensor, problem: Problem) -> tuple[Tensor, int]:
+    """Minimise (v - y) A (v - y)^T over y with support `keep`, all [rows, features].
+
+    Every row has steps of its own, and leaves once it is solved.
+
+    Returns:
+        y float32, and how many rows were not solved.
+    """
+    y = v * keep
+    out = y.clone()
+    goal = (problem.times(v) * keep).square().sum(1).mul_(TOLERANCE**2)
+    r = problem.times(v - y) * keep
+    p, size = r, r.square().sum(1)
+    index = torch.arange(len(v), device=v.device)
+    for _ in range(MOST):
+        open_ = size > goal
+        left = int(open_.sum())
+        if left == 0:
+            break
+        if UNIT <= left <= len(index) // 2:
+            out[index] = y
+            index, y, r, p = index[open_], y[open_], r[open_], p[open_]
+            keep, goal, size = keep[open_], goal[open_], size[open_]
+            open_ = torch.ones_like(size, dtype=torch.bool)
+        q = problem.times(p) * keep
+        curve = (p * q).sum(1)
+        step = (size / curve).where(open_ & (curve > 0), 0)[:, None]
+        y, r = y + step * p, r - step * q
+        after = r.square().sum(1)
+        p = r + (after / size).where(open_, 0)[:, None] * p
+        size = after
+    else:
+        left = int((size > goal).sum())
+    out[index] = y
+    return out, left
+
+
+@dataclass(frozen=True)
+class Refitted(Method[Gram]):
+    """Another method's mask with the best values for it.
+
+    Attributes:
+        inner: the method.
+        damping: that of one token per feature.
+    """
+
+    inner: Method[Any]
+    damping: float = DAMPING
+
+    name: ClassVar[str] = "refit"
+    stats: ClassVar[type[Gram]] = Gram
+    paper: ClassVar[str] = "Meng et al. 2024, arXiv 2406.07831, sec. 3.3"
+
+    def __post_init__(self) -> None:
+        check_damping("refit_damping", self.damping)
+
+    @property
+    def exact(self) -> bool:
+        """As the method is."""
+        return self.inner.exact
+
+    def settings(self) -> dict[str, Any]:
+        """The method's own, and the refit's."""
+        return {**self.inner.settings(), "refit": True, "refit_damping": self.damping}
+
+    def resolve(self, pattern: Pattern) -> Pattern:
+        """As the method does."""
+        return self.inner.resolve(pattern)
+
+    def needs_tokens(self, features: int) -> int:
+        """What the method and the refit need."""
+        return max(self.inner.needs_tokens(features), 1)
+
+    def fallback(self, stats: Gram) -> tuple[Method[Any], Stats]:
+        """The method without a refit."""
+        return self.inner, self._known(stats)
+
+    def by_rows(self, pattern: Pattern) -> bool:
+        """Where the method allows it: the refit itself knows single rows."""
+        return self.inner.by_rows(pattern)
+
+    def prune(self, weight: Tensor, stats: Gram, pattern: Pattern) -> Pruned:
+        """The method's mask, refit."""
+        return next(self.prune_together([weight], stats, pattern))
+
+    def prune_together(
+        self, weights: Sequence[Tensor], stats: Gram, pattern: Pattern
+    ) -> Iterator[Pruned]:
+        """The method's masks of matrices that read one input, refit."""
+        found = list(self.inner.prune_together(weights, self._known(stats), pattern))
+        return self._refit(weights, found, stats)
+
+    def prune_rows(
+        self, weights: Sequence[Tensor], stats: Gram, pattern: Pattern, shares: Sequence[Share]
+    ) -> Iterator[Pruned]:
+        """`prune_together` of some rows of each matrix."""
+        found = list(self.inner.prune_rows(weights, self._known(stats), pattern, shares))
+        return self._refit(weights, found, stats)
+
+    def _refit(
+        self, weights: Sequence[Tensor], found: list[Pruned], stats: Gram
+    ) -> Iterator[Pruned]:
+        """All masks are `found` before: what they were found with may lie in the memory of the sums."""
+        problem = Problem(stats, self.damping)
+        for weight in weights:
+            first = found.pop(0)
+            best, unsolved = refit(weight, first.keep, problem)
+            yield Pruned(best, first.keep, {**first.notes, **told(unsolved)})
+
+    def _known(self, stats: Gram) -> Any:
+        """What the method learns, out of the Gram matrix."""
+        if self.inner.stats is Gram:
+            return stats
+        if self.inner.stats is InputNorms:
+            return stats.norms()
+        none = NoStats()
+        none.tokens = stats.tokens
+        return none
+
+
+def wrapped(cls: type[Method[Any]], settings: Mapping[str, Any]) -> Method[Any]:
+    """The method `cls`, with a refit where `settings`, its own and those of `SETTINGS`, ask for one.
+
+    Raises:
+        ConfigError: settings of a refit without one.
+    """
+    inner = cls(**{key: value for key, value in settings.items() if key not in SETTINGS})
+    if settings.get("refit", False):
+        return Refitted(inner, settings.get("refit_damping", DAMPING))
+    if "refit_damping" in settings:
+        raise ConfigError("refit_damping is of a refit: add --set refit=true")
+    return inner
+
+
+def check_damping(name: str, damping: float) -> None:
+    """Refuse what is no damping.
+
+    Raises:
+        ConfigError: a number below zero, or none.
+    """
+    if not 0 <= damping < float("inf"):
+        raise ConfigError(f"{name} is a number of at least 0, got {damping:g}")
+
+
+def told(unsolved: int) -> dict[str, int]:
+    """The note on rows that were not solved."""
+    return {"unsolved": unsolved} if unsolved else {}
