@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
-from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -13,9 +12,8 @@ from torch import Tensor
 from llmprune.checkpoint import tensors
 from llmprune.checkpoint.census import take
 from llmprune.checkpoint.decoder import axes, is_decoder
-from llmprune.checkpoint.files import Files
 from llmprune.checkpoint.sparse import BITMAP, VALUES
-from llmprune.checkpoint.tensors import Stored
+from llmprune.checkpoint.tensors import Header, Stored
 from llmprune.errors import CheckpointError, short
 
 
@@ -62,29 +60,41 @@ class TensorCensus:
 
 
 def read(
-    files: Files, shard: str, path: Path, keys: Iterable[str] | None, model_type: str | None
+    source: str,
+    head: Header,
+    packed: Mapping[str, Stored],
+    keys: Iterable[str] | None,
+    model_type: str | None,
 ) -> Iterator[TensorCensus]:
-    """The census of the tensors in one file, of those that the index promises or of all."""
+    """The census of the tensors in one file, of those that the index promises or of all.
+
+    Args:
+        source: the checkpoint, for messages.
+        head: header of the file.
+        packed: the packed matrices of the whole checkpoint; one belongs to the file of its values.
+        keys: what the index promises; None for all that is there.
+        model_type: from config.json.
+    """
+    shard, there = head.file.name, set(head.entries)
+    for name in sorted(keys or ()):
+        if name not in there:
+            raise CheckpointError(
+                f"{short(shard)} of {source} lacks {short(name)}, which the index expects in it"
+            )
+    parts = {name + part for name in packed for part in ("", VALUES, BITMAP)}
+    mine = {name for name, stored in packed.items() if stored.file == head.file}
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            there = set(file.keys())
-            for name in sorted(keys or ()):
-                if name not in there:
-                    raise CheckpointError(
-                        f"{short(shard)} of {files.source} lacks {short(name)}, which the index expects"
-                    )
-            packed = tensors.packed(path, *tensors.header(path))
-            parts = {name + part for name in packed for part in (VALUES, BITMAP)}
-            for name in sorted(((there if keys is None else set(keys)) - parts) | packed.keys()):
-                if name in packed:
+        with safe_open(head.file, framework="pt", device="cpu") as file:
+            for name in sorted(((there if keys is None else set(keys)) - parts) | mine):
+                if name in mine:
                     yield _packed(name, shard, packed[name], model_type)
-                    continue
-                dtype = str(file.get_slice(name).get_dtype())
-                yield _described(name, shard, file.get_tensor(name), dtype, model_type)
+                else:
+                    dtype = str(head.entries[name]["dtype"])
+                    yield _described(name, shard, file.get_tensor(name), dtype, model_type)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"{short(shard)} of {files.source} is damaged or cut short ({short(error, 160)}); copy or "
-            "download it again"
+            f"{short(shard)} of {source} is damaged or cut short ({short(error, 160)}); copy or download "
+            "it again"
         ) from error
 
 

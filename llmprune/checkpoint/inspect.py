@@ -19,6 +19,7 @@ from llmprune.checkpoint.file_census import read
 from llmprune.checkpoint.files import find
 from llmprune.checkpoint.sparse import DTYPES, FORMAT_VERSION
 from llmprune.checkpoint.target import size
+from llmprune.checkpoint.tensors import header, packed
 from llmprune.errors import short
 from llmprune.progress import interval
 
@@ -164,17 +165,17 @@ def inspect(
     """
     files = find(source, revision, token)
     model_type = files.json("config.json").get("model_type")
-    tensors: list[TensorCensus] = []
-    total = 0
     shards = files.shards()
+    headers = [header(files.fetch(shard)) for shard in shards]
+    matrices = packed(headers)
+    tensors: list[TensorCensus] = []
+    total = sum(head.file.stat().st_size for head in headers)
     bar = tqdm(
         unit="tensor", desc="inspecting", delay=2, disable=not progress, mininterval=interval()
     )
     with bar:
-        for shard, keys in shards.items():
-            path = files.fetch(shard)
-            total += path.stat().st_size
-            for tensor in read(files, shard, path, keys, model_type):
+        for head, keys in zip(headers, shards.values(), strict=True):
+            for tensor in read(str(source), head, matrices, keys, model_type):
                 tensors.append(tensor)
                 bar.update()
     return Inspection(str(source), model_type, tuple(tensors), len(shards), total)

@@ -38,13 +38,13 @@ class Packed:
 
     Attributes:
         spec: what the header says of the matrix.
-        values: first byte of the kept values in the file.
-        bitmap: first byte of the bitmap.
+        values: file of the kept values, and their first byte in it.
+        bitmap: the same of the bitmap.
     """
 
     spec: Spec
-    values: int
-    bitmap: int
+    values: tuple[Path, int]
+    bitmap: tuple[Path, int]
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Stored:
     """One tensor in a file; a packed matrix looks as the dense one that it stands for.
 
     Attributes:
-        file: path of the safetensors file.
+        file: path of the safetensors file; of a packed matrix, that of its values.
         dtype: as stored.
         shape: of the dense tensor.
         start: first byte in the file; of no meaning for a packed matrix.

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llmprune.checkpoint.files import Files
-from llmprune.checkpoint.sparse import BITMAP, VALUES, once, specs
+from llmprune.checkpoint.sparse import BITMAP, VALUES, Entry, once, specs
 from llmprune.checkpoint.stored import DTYPES as DTYPES
 from llmprune.checkpoint.stored import Packed, Plain, Rows
 from llmprune.checkpoint.stored import Stored as Stored
@@ -31,62 +32,84 @@ _DIMENSIONS, _WIDEST = 64, 16  # torch's limit; bytes of the widest element
 ROWS_AT_ONCE = 2**26  # bytes of a tensor that are copied at a time
 
 
+@dataclass(frozen=True)
+class Header:
+    """What one file says of its tensors.
+
+    Attributes:
+        file: path of the safetensors file.
+        about: its `__metadata__`.
+        entries: dtype, shape and data_offsets (from the beginning of the file) of each tensor.
+    """
+
+    file: Path
+    about: dict[str, str]
+    entries: dict[str, dict[str, Any]]
+
+
 def index(files: Files) -> dict[str, Stored]:
-    """Every tensor of a checkpoint by its key.
+    """Every tensor of a checkpoint by its key, packed matrices under their dense names.
 
     Raises:
         CheckpointError: a file is missing, damaged or of a dtype that is not read here.
     """
-    found: dict[str, Stored] = {}
-    for shard in files.shards():
-        for key, stored in of_file(files.fetch(shard)).items():
-            packed = stored.packed or (key in found and found[key].packed)
-            if key in found and packed:
+    headers = [header(files.fetch(shard)) for shard in files.shards()]
+    found = packed(headers)
+    hidden = {key + part for key in found for part in ("", VALUES, BITMAP)}
+    for head in headers:
+        for key in head.entries.keys() - hidden:
+            entry = head.entries[key]
+            if entry["dtype"] not in DTYPES:
                 raise CheckpointError(
-                    f"{short(key)} is in {short(found[key].file.name)} and in "
-                    f"{short(stored.file.name)}, once packed at least; get the checkpoint again"
+                    f"{short(key)} in {short(head.file.name)} is stored as {entry['dtype']}, which "
+                    "llmprune does not prune; convert the checkpoint to bfloat16 first"
                 )
-            found[key] = stored
-    return found
-
-
-def of_file(path: Path) -> dict[str, Stored]:
-    """Every tensor of one file by its key, packed matrices under their dense names.
-
-    Raises:
-        CheckpointError: the file is damaged, or holds a dtype that is not read here.
-    """
-    about, entries = header(path)
-    found = packed(path, about, entries)
-    parts = {key + part for key in found for part in (VALUES, BITMAP)}
-    for key in entries.keys() - parts - found.keys():
-        entry = entries[key]
-        if entry["dtype"] not in DTYPES:
-            raise CheckpointError(
-                f"{short(key)} in {short(path.name)} is stored as {entry['dtype']}, which llmprune "
-                "does not prune; convert the checkpoint to bfloat16 first"
-            )
-        dtype, start = DTYPES[entry["dtype"]], entry["data_offsets"][0]
-        found[key] = Stored(path, dtype, tuple(entry["shape"]), start)
+            dtype, start = DTYPES[entry["dtype"]], entry["data_offsets"][0]
+            found[key] = Stored(head.file, dtype, tuple(entry["shape"]), start)
     return dict(sorted(found.items()))
 
 
-def packed(path: Path, about: Mapping[str, str], entries: Mapping[str, Any]) -> dict[str, Stored]:
-    """The packed matrices of a file, of which `header` gave `about` and `entries`."""
-    plain = {key: (entry["dtype"], entry["shape"]) for key, entry in entries.items()}
-    found = {}
-    for key, spec in specs(path.name, about, plain).items():
-        values, bitmap = (entries[key + part]["data_offsets"][0] for part in (VALUES, BITMAP))
-        where = Packed(spec, values, bitmap)
-        found[key] = Stored(path, spec.torch_dtype, spec.shape, packed=where)
+def packed(headers: Sequence[Header]) -> dict[str, Stored]:
+    """The packed matrices of a checkpoint, of which these are all headers.
+
+    The parts of a matrix may lie in two files, and several files may describe it: transformers splits a
+    model where a file is full, and writes the same description into each.
+
+    Raises:
+        CheckpointError: for anything that docs/format.md forbids.
+    """
+    places: dict[str, tuple[Path, int]] = {}
+    plain: dict[str, Entry] = {}
+    twice: dict[str, Path] = {}
+    for head in headers:
+        for key, entry in head.entries.items():
+            if key in places:
+                twice[key] = head.file
+            places[key] = head.file, entry["data_offsets"][0]
+            plain[key] = entry["dtype"], entry["shape"]
+    found: dict[str, Stored] = {}
+    for head in headers:
+        for key, spec in specs(head.file.name, head.about, plain).items():
+            where = Packed(spec, places[key + VALUES], places[key + BITMAP])
+            stored = Stored(where.values[0], spec.torch_dtype, spec.shape, packed=where)
+            if found.setdefault(key, stored) != stored:
+                raise CheckpointError(
+                    f"{short(head.file.name)} and another file describe {short(key)} differently; get "
+                    "them again"
+                )
+    if found and twice:
+        key, file = min(twice.items())
+        raise CheckpointError(
+            f"{short(file.name)} holds {short(key)}, and another file does, too; get them again"
+        )
     return found
 
 
-def header(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
-    """`__metadata__` of a file, and dtype, shape and data_offsets (in the file) of each tensor.
+def header(path: Path) -> Header:
+    """The header of a file.
 
     Raises:
-        CheckpointError: when the file is no whole safetensors file.
+        CheckpointError: when it is no whole safetensors file.
     """
     with opened(path) as file:  # its reader checks that offsets fit shapes and fill the file
         about = dict(file.metadata() or {})
@@ -106,7 +129,7 @@ def header(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
                 "cannot hold; get it again"
             )
         entry["data_offsets"] = [8 + length + offset for offset in entry["data_offsets"]]
-    return about, entries
+    return Header(path, about, entries)
 
 
 def _possible(shape: list[int]) -> bool:
@@ -128,8 +151,8 @@ class opened:
             return self._file.__enter__()
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
-                f"{short(self.path, 200)} cannot be read ({short(error, 160)}); it is damaged: copy or "
-                "download it again"
+                f"{short(self.path, 200)} cannot be read ({short(error, 160)}); it is damaged or cut "
+                "short: copy or download it again"
             ) from error
 
     def __exit__(self, *error: object) -> None:

@@ -68,13 +68,14 @@ class Unpacker:
         return begun + ones_in(self._bitmap(part * self._step, rest)) if rest else begun
 
     def _bitmap(self, first: int, count: int) -> Tensor:
-        start = self._at.bitmap + first * self._width
-        flat = read(self._stored.file, start, count * self._width, torch.uint8)
+        file, start = self._at.bitmap
+        flat = read(file, start + first * self._width, count * self._width, torch.uint8)
         return flat.reshape(count, self._width)
 
     def _values(self, first: int, count: int) -> Tensor:
+        file, start = self._at.values
         dtype = self._stored.dtype
-        return read(self._stored.file, self._at.values + first * dtype.itemsize, count, dtype)
+        return read(file, start + first * dtype.itemsize, count, dtype)
 
     def _checked(self, bitmap: Tensor) -> int:
         """The number of one bits, once it is known that there are none behind the last column."""
