@@ -1,4 +1,4 @@
-"""The command line: argv -> settings -> prune, eval, inspect or methods. No logic lives here."""
+"""The command line: argv -> settings -> prune, eval, inspect, convert or methods. No logic lives here."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from llmprune.errors import ConfigError, Echoed, LLMPruneError, Lost, Stopped, nearest
-from llmprune.options import eval_parser, parser_for, prune_parser
+from llmprune.options import convert_parser, eval_parser, parser_for, prune_parser
 from llmprune.parallel import joined, started
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 TERMINATED = 143  # 128 + SIGTERM
-_COMMANDS = ("prune", "eval", "inspect", "methods")
+_COMMANDS = ("prune", "eval", "inspect", "convert", "methods")
 
 
 def entry() -> NoReturn:
@@ -39,9 +39,14 @@ def main(argv: Sequence[str]) -> int:
         if argv and not argv[0].startswith("-") and argv[0] not in _COMMANDS:
             raise ConfigError(f"no command {argv[0]!r}: {nearest(argv[0], _COMMANDS)}")
         command = argv.pop(0) if argv and argv[0] in _COMMANDS else "prune"
-        return {"prune": _prune, "eval": _eval, "inspect": _inspect, "methods": _methods}[command](
-            argv
-        )
+        commands = {
+            "prune": _prune,
+            "eval": _eval,
+            "inspect": _inspect,
+            "convert": _convert,
+            "methods": _methods,
+        }
+        return commands[command](argv)
     except LLMPruneError as error:
         print(f"llmprune: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -202,6 +207,26 @@ def _inspect(argv: Sequence[str]) -> int:
         print(json.dumps(found.as_dict(), indent=2))
     else:
         print(found.table() if args.summary else f"{found.layers()}\n\n{found.table()}")
+    return 0
+
+
+def _convert(argv: Sequence[str]) -> int:
+    args = convert_parser().parse_args(argv)
+    from llmprune.checkpoint.convert import convert
+    from llmprune.memory import parse_size
+
+    voice = _voice(args)
+    voice.check()
+    done = convert(
+        args.source,
+        args.target,
+        args.format,
+        revision=args.revision,
+        max_shard_size=parse_size(args.max_shard_size, "--max-shard-size"),
+        overwrite=args.overwrite,
+        progress=not args.quiet,
+    )
+    voice.result(done.text(), done.as_dict())
     return 0
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmprune.errors import ConfigError, HubError
+from llmprune.notice import ANYWHERE, DENSE_LIMITS
 from llmprune.report import PerplexityReport, Report
 
 if TYPE_CHECKING:
@@ -28,11 +29,10 @@ _DATASETS = {  # the names of llmprune.texts that stand for a dataset of the Hub
 }
 _FILES = (".txt", ".json", ".jsonl", ".parquet", ".npy")
 
-_LIMITS = """\
-The zeros are stored like any other weight: the files are as large as the dense model's, and dense
-kernels run as fast as before. Speed and memory are gained only by a runtime that makes use of the
-zeros. Training, merging adapters or quantising may fill the zeros again. Pruned without retraining,
-the model is less accurate than the dense one, and not equally so on every task: measure it on yours."""
+_LIMITS = f"""\
+{DENSE_LIMITS}
+Training, merging adapters or quantising may fill the zeros again. Pruned without retraining, the model is
+less accurate than the dense one, and not equally so on every task: measure it on yours."""
 
 
 def card(report: Report, *, repo_id: str | None = None, command: str) -> str:
@@ -253,7 +253,7 @@ def _protocol(found: PerplexityReport) -> str:
 
 
 def _loading(repo_id: str | None) -> str:
-    name = repo_id or "path/to/this/folder"
+    name = repo_id or ANYWHERE
     return (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("{name}")\n'

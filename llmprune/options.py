@@ -18,6 +18,8 @@ examples:
 other commands:
   python -m llmprune eval --model out        perplexity, or tasks of lm-eval
   python -m llmprune inspect out             what a checkpoint's files really hold
+  python -m llmprune convert out small --format sparse
+                                             without its zeros, or dense again
   python -m llmprune methods                 every method with its settings
 """
 
@@ -192,5 +194,25 @@ def eval_parser() -> argparse.ArgumentParser:
     group.add_argument("--tasks", nargs="+", metavar="TASK", help="tasks of lm-eval (extra [eval])")
     group.add_argument("--limit", type=int, help="examples per task of lm-eval")
     group.add_argument("--num-fewshot", type=int, help="examples in the prompt of lm-eval's tasks")
+    _output_options(parser)
+    return parser
+
+
+def convert_parser() -> argparse.ArgumentParser:
+    """Options of `python -m llmprune convert`."""
+    parser = parser_for(
+        "python -m llmprune convert",
+        "Store a checkpoint without its zeros (--format sparse), or with them again (--format dense): "
+        "tensor by tensor, compared bit for bit before it is put in place. A sparse checkpoint needs "
+        "`import llmprune` to be loaded.",
+    )
+    parser.add_argument("source", metavar="IN", help="folder or Hub id")
+    parser.add_argument("target", metavar="OUT", type=Path, help="folder to write")
+    parser.add_argument("--format", required=True, choices=("sparse", "dense"), help="of OUT")
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+    parser.add_argument("--max-shard-size", default="5GB", help="largest file of OUT (5GB)")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace OUT if it is a checkpoint"
+    )
     _output_options(parser)
     return parser

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -47,7 +48,7 @@ def take(tensor: Tensor, axes: tuple[Axis, ...]) -> Census:
     rows = tensor.shape[-2] if grouped else 1
     zeros = sum(part.numel() - int(_nonzero(part).sum()) for part in _parts(matrix, rows))
     for axis in axes if grouped and zeros else ():
-        groups = _Groups(tensor, axis)
+        groups = Groups(tensor.shape, axis)
         for part in _parts(matrix, rows):
             if groups.seen:
                 groups.add(_nonzero(part))
@@ -56,12 +57,13 @@ def take(tensor: Tensor, axes: tuple[Axis, ...]) -> Census:
     return Census(zeros)
 
 
-class _Groups:
+class Groups:
     """For each m that is still possible: most weights in a group, groups that hold as many, groups."""
 
-    def __init__(self, tensor: Tensor, axis: Axis) -> None:
+    def __init__(self, shape: Sequence[int], axis: Axis) -> None:
+        """For a tensor of `shape` [..., rows, columns]."""
         self.axis = axis
-        length = tensor.shape[-1 if axis == "rows" else -2]
+        length = shape[-1 if axis == "rows" else -2]
         self.seen = {m: (0, 0, 0) for m in GROUPS if length % m == 0}
 
     def add(self, nonzero: Tensor) -> None:
@@ -99,19 +101,32 @@ class _Groups:
 
 
 def _parts(matrix: Tensor, rows: int) -> Iterator[Tensor]:
-    """Slices of whole rows, cut where neither a group of rows nor one of several matrices is cut.
+    """The slices of `cuts`."""
+    for first, count in cuts(matrix.shape[0], rows, matrix.shape[1]):
+        yield matrix[first : first + count]
+
+
+def cuts(total: int, rows: int, columns: int, group: int = 1) -> Iterator[tuple[int, int]]:
+    """(first, count) of slices of whole rows that cut neither a group of rows nor one of several matrices.
 
     Matrices that are small go together: a file may hold very many of a single weight.
+
+    Args:
+        total: number of rows of all matrices, one after the other.
+        rows: of each matrix.
+        columns: of each matrix.
+        group: a number of rows that is not cut either, beside those of `GROUPS`.
     """
-    columns = max(1, matrix.shape[1])
+    columns = max(1, columns)
     if several := AT_ONCE // (rows * columns):
-        for first in range(0, matrix.shape[0], several * rows):
-            yield matrix[first : first + several * rows]
+        for first in range(0, total, several * rows):
+            yield first, min(several * rows, total - first)
         return
-    step = max(1, AT_ONCE // columns // GROUPS[-1]) * GROUPS[-1]
-    for first in range(0, matrix.shape[0], rows):
+    least = math.lcm(GROUPS[-1], group)
+    step = max(1, AT_ONCE // columns // least) * least
+    for first in range(0, total, rows):
         for start in range(first, first + rows, step):
-            yield matrix[start : min(start + step, first + rows)]
+            yield start, min(step, first + rows - start)
 
 
 def _nonzero(part: Tensor) -> Tensor:

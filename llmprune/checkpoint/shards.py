@@ -2,6 +2,7 @@
 
 Every key, shape and dtype is known from the start, so the headers and the places of all tensors are too:
 a block is written into its place as soon as it is done, and the files are whole when the last one is.
+Of a packed matrix (docs/format.md) the number of kept weights has to be known beforehand, too.
 """
 
 from __future__ import annotations
@@ -10,18 +11,24 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
 
+from llmprune.checkpoint.sparse import BITMAP, VALUES, Spec, metadata
 from llmprune.checkpoint.tensors import DTYPES, Stored, raw, size_of
+from llmprune.kernels.packed import bitmap_shape, pack
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 READ_AT_ONCE = 2**24
+
+Planned = tuple[str, torch.dtype, tuple[int, ...]]
+"""Key, dtype and shape of a tensor; the dense ones of a packed matrix."""
 
 
 @dataclass(frozen=True)
@@ -51,34 +58,40 @@ class Shards:
 
     Attributes:
         folder: where the files are.
-        places: every key with its place.
+        places: every key with its place; of a packed matrix, those of its parts.
+        packed: the matrices that are stored packed, by their dense keys.
     """
 
     def __init__(
         self,
         folder: Path,
-        tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]],
+        tensors: Sequence[Planned],
         max_shard_size: int,
+        packed: Mapping[str, Spec] | None = None,
     ) -> None:
         """Plan the files for `tensors` (key, dtype, shape), in this order, none above the size.
 
-        A tensor that is larger by itself gets a file of its own.
+        A tensor that is larger by itself gets a file of its own. What `packed` names is stored packed, its
+        two parts in one file.
         """
         self.folder = folder
+        self.packed = dict(packed or {})
         self.places: dict[str, Place] = {}
         self._headers: dict[str, bytes] = {}
         self._sizes: dict[str, int] = {}
         self._touched: set[str] = set()
-        files = _split(tensors, max_shard_size)
+        files = _split(tensors, max_shard_size, self.packed)
         for number, members in enumerate(files, 1):
             name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
             self._lay_out(_SINGLE if len(files) == 1 else name, members)
 
-    def _lay_out(self, shard: str, members: list[tuple[str, torch.dtype, tuple[int, ...]]]) -> None:
-        members = sorted(members, key=lambda m: -m[1].itemsize)  # so that each begins aligned
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    def _lay_out(self, shard: str, members: Sequence[Planned]) -> None:
+        inside = {key: self.packed[key] for key, _, _ in members if key in self.packed}
+        rows = [row for member in members for row in _rows(member, inside)]
+        rows.sort(key=lambda m: -m[1].itemsize)  # so that each begins aligned
+        header: dict[str, object] = {"__metadata__": metadata(inside)}
         offset, local = 0, []
-        for key, dtype, shape in members:
+        for key, dtype, shape in rows:
             place = Place(shard, offset, dtype, shape)
             end = offset + place.bytes
             header[key] = {
@@ -139,18 +152,22 @@ class Shards:
         Raises:
             OSError: when it cannot be written.
         """
-        place = self.places[key]
-        digest = hashlib.sha256()
-        at = place.start
-        with (self.folder / place.shard).open("r+b", buffering=0) as file:
+        with Filling(self, key) as file:
             for piece in pieces:
-                content = raw(piece.to(place.dtype))
-                digest.update(content)
-                at += _write_all(file.fileno(), content, at)
-        if at != place.start + place.bytes:
-            raise ValueError(f"{key}: {at - place.start} bytes given, {place.bytes} planned")
-        self._touched.add(place.shard)
-        return digest.hexdigest()
+                file.add(piece)
+        return file.digest.hexdigest()
+
+    def write_packed(self, key: str, pieces: Iterable[Tensor]) -> None:
+        """Put a matrix that `packed` names, given as dense rows [n, columns], into its two places.
+
+        Raises:
+            OSError: when it cannot be written.
+        """
+        with Filling(self, key + VALUES) as values, Filling(self, key + BITMAP) as bitmap:
+            for piece in pieces:
+                part = pack(piece)
+                values.add(part.values)
+                bitmap.add(part.bitmap)
 
     def flush(self) -> None:
         """Wait until everything written is on the disk."""
@@ -177,21 +194,69 @@ class Shards:
         return None if left else found.hexdigest()
 
     def stored(self) -> dict[str, Stored]:
-        """The tensors as a reader finds them."""
+        """The tensors as a reader finds them; of files without packed matrices."""
         return {
             key: Stored(self.folder / place.shard, place.dtype, place.shape, place.start)
             for key, place in self.places.items()
         }
 
 
+class Filling:
+    """One tensor of an output file while it is written, piece by piece.
+
+    Attributes:
+        digest: sha256 of what has been written.
+    """
+
+    def __init__(self, shards: Shards, key: str) -> None:
+        self._key, self._place = key, shards.places[key]
+        self._path = shards.folder / self._place.shard
+        self._at = self._place.start
+        self.digest = hashlib.sha256()
+        shards._touched.add(self._place.shard)
+
+    def __enter__(self) -> Self:
+        self._file = self._path.open("r+b", buffering=0)
+        return self
+
+    def add(self, piece: Tensor) -> None:
+        """Write what comes next.
+
+        Raises:
+            OSError: when it cannot be written.
+            ValueError: for more than was planned: another tensor lies behind.
+        """
+        content = raw(piece.to(self._place.dtype))
+        if self._at + len(content) > self._place.start + self._place.bytes:
+            raise ValueError(f"{self._key}: more than the planned {self._place.bytes} bytes given")
+        self.digest.update(content)
+        self._at += _write_all(self._file.fileno(), content, self._at)
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self._file.close()
+        given = self._at - self._place.start
+        if kind is None and given != self._place.bytes:
+            raise ValueError(f"{self._key}: {given} bytes given, {self._place.bytes} planned")
+
+
+def _rows(member: Planned, packed: Mapping[str, Spec]) -> list[Planned]:
+    """What the header of a file lists for one tensor; `packed` are all packed matrices of that file."""
+    key, dtype, shape = member
+    if key not in packed:
+        return [member]
+    guard: list[Planned] = [(key, dtype, (0,))] if key == min(packed) else []
+    kept = (packed[key].kept,)
+    return [*guard, (key + VALUES, dtype, kept), (key + BITMAP, torch.uint8, bitmap_shape(shape))]
+
+
 def _split(
-    tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]], most: int
-) -> list[list[tuple[str, torch.dtype, tuple[int, ...]]]]:
+    tensors: Sequence[Planned], most: int, packed: Mapping[str, Spec]
+) -> list[list[Planned]]:
     """Consecutive tensors in as few files as their order allows."""
-    files: list[list[tuple[str, torch.dtype, tuple[int, ...]]]] = [[]]
+    files: list[list[Planned]] = [[]]
     size = 0
     for key, dtype, shape in tensors:
-        mine = size_of(dtype, shape)
+        mine = packed[key].bytes if key in packed else size_of(dtype, shape)
         if files[-1] and size + mine > most:
             files.append([])
             size = 0

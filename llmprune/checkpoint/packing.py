@@ -1,0 +1,133 @@
+"""Which matrices of a checkpoint are worth packing, and which pattern the zeros of each really keep.
+
+Every candidate is read once, a few rows at a time.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from llmprune.checkpoint import tensors
+from llmprune.checkpoint.census import Axis, Groups, cuts
+from llmprune.checkpoint.decoder import axes, is_decoder
+from llmprune.checkpoint.sparse import BITMAP, NAMES, VALUES, Spec
+from llmprune.checkpoint.tensors import Stored
+from llmprune.kernels.packed import nonzero_bits
+
+NM = tuple[int, int]
+_NM = re.compile(r"([1-9][0-9]{0,3}):([1-9][0-9]{0,3})")
+_DIMENSIONS = 8  # what docs/format.md allows
+
+
+def plan(
+    stored: Mapping[str, Stored],
+    model_type: str | None,
+    recipe: NM | None,
+    tell: Callable[[str], None] = lambda key: None,
+) -> dict[str, Spec]:
+    """The matrices of decoder blocks that take less when packed, by key.
+
+    Args:
+        stored: every tensor of a checkpoint.
+        model_type: from config.json: some families store their matrices [in, out].
+        recipe: the n:m that is named where a matrix keeps it, although another may be tighter.
+        tell: told of every candidate before it is read.
+
+    Raises:
+        CheckpointError: for a file that cannot be read.
+    """
+    found = {}
+    for key in candidates(stored):
+        tell(key)
+        spec = measure(stored[key], axes(model_type, True), recipe)
+        if spec.bytes < stored[key].bytes:
+            found[key] = spec
+    return found
+
+
+def candidates(stored: Mapping[str, Stored]) -> list[str]:
+    """Keys of the matrices that may be packed."""
+    return [
+        key
+        for key, entry in stored.items()
+        if entry.dtype in NAMES
+        and 2 <= len(entry.shape) <= _DIMENSIONS
+        and min(entry.shape) > 0
+        and is_decoder(key, entry.shape, True)
+        and not stored.keys() & {key + VALUES, key + BITMAP}
+    ]
+
+
+def recipe_of(report: Mapping[str, object]) -> NM | None:
+    """The n:m that llmprune.json says a model was pruned to; None for a share, or no such file."""
+    recipe = report.get("recipe")
+    text = recipe.get("sparsity") if isinstance(recipe, Mapping) else None
+    found = _NM.fullmatch(text) if isinstance(text, str) else None
+    return (int(found[1]), int(found[2])) if found and int(found[1]) < int(found[2]) else None
+
+
+def measure(stored: Stored, ways: tuple[Axis, ...], recipe: NM | None) -> Spec:
+    """Count the kept weights of a matrix and find its pattern; all but +0.0 is kept.
+
+    Args:
+        stored: [..., rows, columns].
+        ways: orientations to try, the preferred one first.
+        recipe: preferred to what is found, where it holds.
+    """
+    named = [_Named(recipe, stored.shape, axis) for axis in ways] if recipe else []
+    found = [Groups(stored.shape, axis) for axis in ways]
+    kept = 0
+    for part in parts(stored, recipe[1] if recipe else 1):
+        bits = nonzero_bits(part)
+        kept += int(bits.sum())
+        for each in named:
+            each.add(bits)
+        for groups in found:
+            groups.add(bits)
+    dtype = NAMES[stored.dtype]
+    for each in named:
+        if each.holds:
+            return Spec(stored.shape, dtype, each.pattern, each.axis, kept)
+    for groups in found:
+        if tightest := groups.tightest():
+            pattern = f"{tightest[0]}:{tightest[1]}"
+            return Spec(stored.shape, dtype, pattern, groups.axis, kept)
+    return Spec(stored.shape, dtype, "unstructured", ways[0], kept)
+
+
+def parts(stored: Stored, group: int = 1) -> Iterator[Tensor]:
+    """A matrix as rows [n, columns], a few megabytes at a time; see `llmprune.checkpoint.census.cuts`."""
+    source = tensors.rows_of(stored)
+    rows = stored.shape[-2] if len(stored.shape) > 1 else source.count
+    for first, count in cuts(source.count, rows, source.columns, group):
+        yield source.rows(first, count)
+
+
+class _Named:
+    """Whether every group of a matrix keeps at most n of m.
+
+    Attributes:
+        holds: so far.
+    """
+
+    def __init__(self, recipe: NM, shape: tuple[int, ...], axis: Axis) -> None:
+        self.n, self.m = recipe
+        self.axis = axis
+        self.holds = shape[-1 if axis == "rows" else -2] % self.m == 0
+
+    @property
+    def pattern(self) -> str:
+        return f"{self.n}:{self.m}"
+
+    def add(self, bits: Tensor) -> None:
+        """Look at `bits` [n, columns] bool."""
+        if not self.holds:
+            return
+        grouped = bits if self.axis == "rows" else bits.T
+        counts = grouped.reshape(math.prod(bits.shape) // self.m, self.m).sum(1, dtype=torch.int32)
+        self.holds = int(counts.max()) <= self.n
