@@ -27,6 +27,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from torch import Tensor
 
 from llmprune.kernels import packed_torch
 from llmprune.kernels.packed import Packed, pack, unpack
+from llmprune.kernels.packed_numba import WIDE
 from llmprune.pattern import parse
 from llmprune.provenance import versions
 
@@ -60,7 +62,8 @@ def main() -> None:
     result = {
         "command": " ".join(["python", *sys.argv]),
         "commit": _commit(),
-        "versions": versions(torch.device("cpu")),
+        "versions": {**versions(torch.device("cpu")), "numba": version("numba")},
+        "wide_instructions": WIDE,
         "shape": args.shape,
         "repeats": args.repeats,
         "load_average": os.getloadavg(),

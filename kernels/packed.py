@@ -149,8 +149,14 @@ def unpack_rows(
 
 
 def count(bitmap: Tensor) -> int:
-    """Number of one bits of a uint8 tensor [..., rows, width]."""
-    return int(row_starts(bitmap)[-1])
+    """Number of one bits of a uint8 tensor [..., rows, width].
+
+    In plain torch everywhere: who only loads and checks is spared the import of numba.
+    """
+    if bitmap.dtype != torch.uint8 or bitmap.ndim < 2:
+        raise ValueError(f"no bitmap: {bitmap.dtype} of shape {list(bitmap.shape)}")
+    _holds_weights(bitmap)
+    return packed_torch.count(_matrix(bitmap))
 
 
 def row_starts(bitmap: Tensor) -> Tensor:
@@ -236,7 +242,7 @@ def _fits(packed: Packed) -> None:
         raise ValueError(
             f"values are {values.dtype} {list(values.shape)} and the bitmap is {bitmap.dtype}"
         )
-    _room(values)
+    _holds_weights(values)
     if values.device != bitmap.device:
         raise ValueError(f"values are on {values.device}, the bitmap is on {bitmap.device}")
 
@@ -260,10 +266,14 @@ def _matrix(tensor: Tensor) -> Tensor:
     return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
-def _room(tensor: Tensor) -> Any:
-    """The module that works where `tensor` is."""
+def _holds_weights(tensor: Tensor) -> None:
     if tensor.device.type == "meta":
         raise ValueError("a tensor on the device meta has a shape but no weights")
+
+
+def _room(tensor: Tensor) -> Any:
+    """The module that works where `tensor` is."""
+    _holds_weights(tensor)
     if tensor.device.type != "cpu":
         return packed_torch
     from . import packed_cpu

@@ -36,6 +36,16 @@ def unpack_bits(bitmap: Tensor, columns: int) -> Tensor:
     return bits.flatten(-2)[..., :columns].bool()
 
 
+def count(bitmap: Tensor) -> int:
+    """Number of one bits: how often each byte occurs, times its own."""
+    ones = torch.tensor([byte.bit_count() for byte in range(256)], device=bitmap.device)
+    step, total = max(1, _TILE // max(1, bitmap.shape[1])), 0
+    for begin in range(0, len(bitmap), step):
+        seen = torch.bincount(bitmap[begin : begin + step].flatten(), minlength=256)
+        total += int((seen * ones).sum())
+    return total
+
+
 def row_starts(bitmap: Tensor) -> Tensor:
     """Int64 [rows + 1]: the number of one bits before each row, and of all."""
     counts = unpack_bits(bitmap, 8 * bitmap.shape[-1]).sum(dim=-1)

@@ -431,11 +431,22 @@ def run_python(root: Path, code: str, **environment: str) -> str:
     return done.stdout
 
 
-def test_importing_it_imports_no_numba(root: Path) -> None:
-    code = (
-        "import sys, llmprune.kernels.packed; print('numba' in sys.modules, 'torch' in sys.modules)"
-    )
-    assert run_python(root, code).split() == ["False", "True"]
+def test_importing_and_checking_import_no_numba(root: Path) -> None:
+    code = """
+import sys, torch
+from llmprune.kernels.packed import Packed, check
+check(Packed(torch.ones(11), torch.tensor([[255, 1], [3, 0]], dtype=torch.uint8), (2, 9)))
+print("numba" in sys.modules, "llvmlite" in sys.modules)
+"""
+    assert run_python(root, code).split() == ["False", "False"]
+
+
+def test_bits_are_counted_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_torch, "_TILE", 50)
+    bitmap = torch.arange(256).to(torch.uint8).view(16, 16)
+    assert count(bitmap) == 8 * 128
+    assert count(bitmap.T[3:, ::2]) == sum(int(b).bit_count() for b in bitmap.T[3:, ::2].flatten())
+    assert count(bitmap[:0]) == 0
 
 
 ROUND = """

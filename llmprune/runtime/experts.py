@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from llmprune.checkpoint.census import Axis
-from llmprune.kernels.packed import Packed, unpack_bits
+from llmprune.kernels.packed import Packed, count
 from llmprune.kernels.sparse_linear import expanded
 from llmprune.runtime.linear import check_packed, take_packed
 from llmprune.runtime.view import PackedMatrix, PackedStack
@@ -128,7 +128,7 @@ class PackedModule(nn.Module):
         counted = self.__dict__.setdefault("_counted", {})
         known = counted.get(name)
         if known is None or known[0] is not bitmap or known[1] != bitmap._version:
-            bits = [int(unpack_bits(one, 8 * one.shape[-1]).sum()) for one in bitmap]
+            bits = [count(one) for one in bitmap]
             starts = list(accumulate(bits, initial=0))
             known = counted[name] = bitmap, bitmap._version, starts
         found: list[int] = known[2]

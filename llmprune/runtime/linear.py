@@ -12,7 +12,7 @@ from llmprune.checkpoint.census import Axis
 from llmprune.errors import CheckpointError, ConfigError
 from llmprune.kernels.choice import choose
 from llmprune.kernels.interface import Case
-from llmprune.kernels.packed import Packed, bitmap_shape, pack, unpack_bits
+from llmprune.kernels.packed import Packed, bitmap_shape, count, pack, unpack_bits
 from llmprune.kernels.sparse_linear import expanded, sparse_linear
 from llmprune.runtime.expanded import Expanded
 from llmprune.runtime.patterns import UNSTRUCTURED, check_pattern, tightest
@@ -290,8 +290,8 @@ def check_packed(packed: Packed) -> None:
         raise CheckpointError(f"packed values are {values.dtype} {list(values.shape)}, not [kept]")
     if bitmap.is_meta or values.is_meta:
         return
-    bits = unpack_bits(bitmap, 8 * bitmap.shape[-1])
-    if int(bits.sum()) != len(values):
-        raise CheckpointError(f"a bitmap keeps {int(bits.sum())} weights of {len(values)} values")
-    if bool(bits[..., packed.shape[-1] :].any()):
+    if (kept := count(bitmap)) != len(values):
+        raise CheckpointError(f"a bitmap keeps {kept} weights of {len(values)} values")
+    left = packed.shape[-1] % 8
+    if left and bool((bitmap[..., -1] >> left).any()):
         raise CheckpointError("a bitmap has bits behind the last column")
