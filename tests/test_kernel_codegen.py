@@ -153,8 +153,8 @@ def test_the_longest_loop_is_found() -> None:
         /*0010*/                   IMAD.WIDE R2, R3, 0x4, R4 ;
         /*0020*/              @!P0 LDG.E R5, [R2.64] ;
         /*0030*/               @P0 BRA 0x20 ;
-        /*0040*/               @P1 BRA `(.L_x_1) 0x10 ;
+        /*0040*/                   BRA.U !UP0, 0x10        &wr=0x2 ?WAIT15_END_GROUP;
         /*0050*/                   EXIT ;
         /*0060*/                   BRA 0x60;
 """
-    assert longest_loop(sass) == ["IMAD.WIDE", "LDG.E", "BRA", "BRA"]
+    assert longest_loop(sass) == ["IMAD.WIDE", "LDG.E", "BRA", "BRA.U"]
