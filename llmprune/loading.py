@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from llmprune.checkpoint import sparse
+from llmprune.checkpoint import sparse, tensors
 from llmprune.checkpoint.expanded import load_expanded
-from llmprune.checkpoint.files import check_folder
+from llmprune.checkpoint.files import check_folder, find
+from llmprune.checkpoint.promise import build_empty
 from llmprune.checkpoint.quiet import quiet
 from llmprune.errors import ConfigError, LLMPruneError, ModelError, nearest, short
 
@@ -136,6 +137,10 @@ def _refuse_config(name: str, config: Any) -> None:
         raise ModelError(
             f"{name} is already quantised ({short(how)}); prune the original, then quantise"
         )
+    if (weights := getattr(config, "transformers_weights", None)) is not None:
+        raise ModelError(
+            f"{name} names {short(weights)} as its weights; put it in the place of model.safetensors"
+        )
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{name} is an encoder-decoder ({config.model_type}), not a causal LM")
     families = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -214,6 +219,7 @@ def _load(
 ) -> tuple[Any, dict[str, Any]]:
     from transformers import AutoModelForCausalLM
 
+    build_empty(source, tensors.index(find(source.path, source.revision)))
     model, info = AutoModelForCausalLM.from_pretrained(
         source.path,
         config=source.config,

@@ -26,12 +26,15 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 HERE = Path(__file__).resolve().parent
 HANG = 20.0  # seconds that one input may take before its process is ended
 LONG = 5.0  # seconds that one reader may take
 LONGEST = 500  # characters of an error message
 BYTES = 96  # of an input
 SELDOM = 20  # a slow reader gets one input of so many
+_EXPECTED = (OSError, ValueError, RecursionError, SafetensorError)  # of calls into compiled code
 
 
 class Tally:
@@ -134,7 +137,7 @@ class Bench:
             except LLMPruneError as error:
                 kind = type(error).__name__
                 self.tally.refused[_where(error)] += 1
-                broken += _unclear(str(error))
+                broken += _unclear(str(error)) + _hidden(error.__cause__)
             except Exception as error:  # what no reader may raise, whatever it is
                 kind = f"{type(error).__name__} in {_where(error)}"
                 self.tally.fail(f"{name}: {kind}", data, traceback.format_exc())
@@ -152,6 +155,17 @@ def _where(error: BaseException) -> str:
     codes = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
     ours = [code for code in codes if "llmprune" in code.co_filename]
     return f"{Path(ours[-1].co_filename).stem}.{ours[-1].co_name}" if ours else "elsewhere"
+
+
+def _hidden(cause: BaseException | None) -> list[str]:
+    """What an error was made of that must not happen: a fault of ours, or memory that there is not."""
+    if cause is None:
+        return []
+    if isinstance(cause, MemoryError) or "can't allocate memory" in str(cause):
+        return [f"asks for more memory than the files explain: {_where(cause)}"]
+    code = [frame.f_code for frame, _ in traceback.walk_tb(cause.__traceback__)][-1]
+    ours = str(HERE.parent / "llmprune") in code.co_filename and not isinstance(cause, _EXPECTED)
+    return [f"hides {type(cause).__name__} in {_where(cause)}"] if ours else []
 
 
 def _unclear(message: str) -> list[str]:

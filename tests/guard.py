@@ -70,6 +70,9 @@ class Guard:
         self._written: tuple[str, ...] = ()
         python = {sys.prefix, sys.base_prefix, *sysconfig.get_paths().values()}
         package = str(Path(__file__).resolve().parents[1])
+        self._compiled_to = _real(
+            f"{package}/llmprune/kernels/__pycache__"
+        )  # numba keeps loops there
         self._own = tuple(_real(p) for p in (*python, package, "/dev/null", "/dev/urandom", "/sys"))
         self._own += (
             "/proc/self",
@@ -96,7 +99,7 @@ class Guard:
             scratch: may be read and written.
         """
         self._found = found = []
-        self._written = (_real(scratch), _real(tempfile.gettempdir()) + "/tmp")
+        self._written = (_real(scratch), _real(tempfile.gettempdir()) + "/tmp", self._compiled_to)
         self._read = (_real(folder), *self._written, *self._own)
         before, size = len(sys.modules), _size(folder)
         soft, hard = resource.getrlimit(resource.RLIMIT_AS)

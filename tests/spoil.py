@@ -19,10 +19,11 @@ NUMBERS = [
     0, 1, -1, 2, 7, 9, 64, 2**31, 2**32, 2**40, 2**62, 2**63 - 1, 2**63, 2**64 - 1, 2**64, 10**30,
 ]  # fmt: skip
 DEEP = Raw("[" * 100_000)  # more levels than any parser follows
+STEEP = Raw("[" * 900 + "]" * 900)  # as deep as Python reads, and cannot write
 WIDE = Raw("9" * 10_000)  # more digits than Python reads
 ODD: list[Any] = [
     None, True, False, 0, -1, 1.5, 1e308, "", "x", [], {}, [[]], {"a": {}}, "../x", DEEP, 2**63, 2**64,
-    10**30, float("nan"), float("inf"), "\ud800", "\x00", "x" * 3000, ["x"] * 300, WIDE,
+    10**30, float("nan"), float("inf"), "\ud800", "\x00", "x" * 3000, ["x"] * 300, WIDE, STEEP,
 ]  # fmt: skip
 NAMES = [
     "", "x", "\x00", "a\nb", "\x1b[31mred", "x" * 3000, "../../outside/model", "/etc/passwd", "\u202e", "a.b",
@@ -45,7 +46,7 @@ FIELDS = [
     "model_type", "architectures", "quantization_config", "dtype", "torch_dtype", "vocab_size", "hidden_size",
     "num_hidden_layers", "num_attention_heads", "tie_word_embeddings", "auto_map", "rope_parameters",
     "_attn_implementation", "attn_implementation", "trust_remote_code", "text_config", "intermediate_size",
-    "head_dim", "hidden_act", "layer_types", "format_version", "patterns",
+    "head_dim", "hidden_act", "transformers_weights", "layer_types", "format_version", "patterns",
 ]  # fmt: skip
 TOKENIZERS = [
     "fast_tokenizer_files", "tokenizer_file", "vocab_file", "merges_file", "auto_map", "tokenizer_class",
@@ -59,6 +60,7 @@ CODE = {
 VALUES: list[Any] = [
     *ODD, CODE, "evil", "llmprune", "bitsandbytes", "gptq", "gpt2", "os", "load", "float32", ["evil.Evil"],
     ["BertModel"], [None], ["LlamaForCausalLM"] * 2, "evil/kernel:run", 4, 10**6, 3,
+    "../outside/model.safetensors", "outside/model.safetensors", "adapter_model.bin",
     *({"quant_method": v} for v in ("llmprune", "gptq", "evil", None, [], 1, "../evil")),
     *({"quant_method": "llmprune", "format_version": v} for v in (2, "1", None, True, 1.0, [])),
 ]  # fmt: skip

@@ -67,6 +67,7 @@ sys.path.insert(0, sys.argv[1])
 import fuzz, torch
 from safetensors import safe_open
 from llmprune.errors import CheckpointError
+from llmprune.kernels.packed import bitmap_shape
 
 def imports(folder, scratch):
     (folder / "evil.py").write_text("x = 1")
@@ -76,6 +77,14 @@ def imports(folder, scratch):
 def refuses(message):
     def read(folder, scratch):
         raise CheckpointError(message)
+    return read
+
+def hides(what):
+    def read(folder, scratch):
+        try:
+            what()
+        except Exception as error:
+            raise CheckpointError("it is damaged") from error
     return read
 
 bench = fuzz.Bench(Path(sys.argv[2]))
@@ -93,6 +102,9 @@ bench.readers = {
     "asks": lambda f, s: socket.create_connection(("127.0.0.1", 9), 1),
     "reserves": lambda f, s: torch.empty(2**28),
     "unpickles": lambda f, s: torch.load(s / "x", weights_only=False),
+    "hides": hides(lambda: bitmap_shape(5)),
+    "hoards": hides(lambda: torch.empty(2**28)),
+    "excused": hides(lambda: (bench.folder / "nowhere").read_text()),
     "rambles": refuses("x" * 600),
     "breaks": refuses("a\\nb"),
     "shines": refuses("\\x1b[31m"),
@@ -122,13 +134,17 @@ def test_what_no_reader_may_do_is_noticed(root: Path, tmp_path: Path) -> None:
     said = done.stdout.splitlines()
     names = {line.split(":")[0] for line in said}
     bad = {"raises", "opens", "maps", "writes", "lists", "removes", "imports", "runs", "asks"}
-    assert names == bad | {"reserves", "unpickles", "rambles", "breaks", "shines"}
+    assert names == bad | {
+        *("reserves", "unpickles", "hides", "hoards", "rambles", "breaks", "shines")
+    }
     for expected in (
         "raises: ValueError in elsewhere",
         "opens: open /etc/passwd",
         "maps: touches outside/model.safetensors",
         "reserves: RuntimeError in elsewhere",
         "imports: imports evil",
+        "hides: hides TypeError in packed.bitmap_shape",
+        "hoards: asks for more memory than the files explain: elsewhere",
     ):
         assert expected in said
 
@@ -400,7 +416,9 @@ def test_an_adapter_beside_the_model_is_refused(folder: Path) -> None:
         {"architectures": [None]}, {"architectures": {"a": 1}}, {"architectures": "x"}, {"model_type": []},
         {"model_type": "\x1b[2J" * 10**5}, {"dtype": "load"}, {"dtype": "nothing"}, {"rope_parameters": 1},
         {"hidden_act": "os.system"}, {"vocab_size": 10**30}, {"quantization_config": ["llmprune"]},
-        {"auto_map": 7, "model_type": "evil"},
+        {"auto_map": 7, "model_type": "evil"}, {"transformers_weights": "../outside/model.safetensors"},
+        {"transformers_weights": "model.bin"}, {"num_hidden_layers": 10**9}, {"intermediate_size": 10**9},
+        {"model_type": "gpt2", "n_embd": 10**5, "n_head": 1, "n_layer": 8},
         {"auto_map": {"AutoConfig": "evil.Evil"}, "model_type": "evil"},
     ],
     ids=lambda changes: short(changes, 40),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmprune.checkpoint import tensors
 from llmprune.checkpoint.files import find
+from llmprune.checkpoint.promise import build_empty
 from llmprune.checkpoint.skeleton import generation_config, own_dtype
 from llmprune.checkpoint.tensors import Later
 
@@ -29,16 +30,8 @@ def load_expanded(
         CheckpointError: for files that cannot be read or do not hold what they promise.
         ValueError, RuntimeError, OSError, ImportError: as `from_pretrained`.
     """
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
     config, stored = deepcopy(source.config), tensors.index(find(source.path, source.revision))
-    with init_empty_weights():
-        kind = type(
-            AutoModelForCausalLM.from_config(
-                deepcopy(config), trust_remote_code=source.trust_remote_code
-            )
-        )
+    kind = type(build_empty(source, stored))
     model, info = kind.from_pretrained(
         None,
         config=config,

@@ -12,6 +12,7 @@ import torch
 
 from llmprune.checkpoint import tensors
 from llmprune.checkpoint.files import find
+from llmprune.checkpoint.promise import check_layers
 from llmprune.checkpoint.shelf import Shelf
 from llmprune.checkpoint.tensors import Stored
 from llmprune.errors import LLMPruneError, ModelError, short
@@ -42,6 +43,7 @@ def open_shelf(
         CheckpointError: for files that cannot be read.
     """
     stored = tensors.index(find(source.path, source.revision))
+    check_layers(source.config, stored)
     own = own_dtype(source.config, stored)
     try:
         model = _skeleton(source, own, attention)
