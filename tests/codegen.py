@@ -148,7 +148,9 @@ def longest_loop(sass: str) -> list[str]:
     addresses = [int(address, 16) for address, _ in code]
     loops: list[list[str]] = [[]]
     for i, (_, text) in enumerate(code):
-        target = re.search(r"^BRA\b[^?&]*?\b(0x[0-9a-f]+)\b", text)  # behind ? and & may be scheduling
+        target = re.search(
+            r"^BRA\b[^?&]*?\b(0x[0-9a-f]+)\b", text
+        )  # behind ? and & may be scheduling
         if target and int(target[1], 16) < addresses[i]:
             begin = addresses.index(int(target[1], 16))
             loops.append([line.split()[0] for _, line in code[begin : i + 1]])

@@ -23,6 +23,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +102,9 @@ class Bench:
         self.guard = Guard(outside(place))
         os.chdir(place)  # so that a path that is not joined with the folder leads outside, too
         self.tally = Tally()
-        for dtype in ("F32", "BF16"):  # so that what is imported or compiled on first use is there
-            finish(valid(sparse=True, shards=2, dtype=dtype)).write(self._clear())
+        # so that what is imported or compiled on first use is there
+        for dtype, sparse in product(("F32", "BF16"), (False, True)):
+            finish(valid(sparse=sparse, shards=2, dtype=dtype)).write(self._clear())
             for reader in (READERS | SLOW).values():
                 reader(self.folder, self._fresh())
 

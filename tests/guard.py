@@ -22,37 +22,17 @@ GROWTH = (
     40  # times their size: a bitmap byte stands for 8 weights of 4 bytes, and JSON grows as objects
 )
 
-_NEVER = ("subprocess.Popen", "os.system", "os.exec", "os.fork", "os.posix_spawn", "socket.connect")
-_NEVER += (
-    "socket.bind",
-    "socket.getaddrinfo",
-    "socket.sendto",
-    "pickle.find_class",
-    "webbrowser.open",
-)
+_NEVER = (
+    "subprocess.Popen", "os.system", "os.exec", "os.fork", "os.posix_spawn", "socket.connect", "socket.bind",
+    "socket.getaddrinfo", "socket.sendto", "pickle.find_class", "webbrowser.open",
+)  # fmt: skip
 _CHANGES = (
-    "os.remove",
-    "os.rename",
-    "os.mkdir",
-    "os.rmdir",
-    "os.symlink",
-    "os.link",
-    "os.chmod",
-    "os.chown",
-)
-_CHANGES += (
-    "os.truncate",
-    "os.utime",
-    "shutil.rmtree",
-    "shutil.move",
-    "shutil.copyfile",
-    "tempfile.mkstemp",
-)
+    "os.remove", "os.mkdir", "os.rmdir", "os.symlink", "os.link", "os.chmod", "os.chown", "os.truncate",
+    "os.utime", "shutil.rmtree", "tempfile.mkstemp",
+)  # fmt: skip
 _LISTS = ("os.listdir", "os.scandir")
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-_SEEN = (
-    0x001 | 0x002 | 0x004 | 0x020 | 0x040 | 0x080 | 0x100 | 0x200
-)  # inotify: all but closing and stat
+_SEEN = 0x3E7  # inotify: everything but closing
 
 
 class Guard:
@@ -138,9 +118,17 @@ class Guard:
                 self._path(event, path, allowed)
         elif event in _LISTS:
             self._path(event, args[0] or ".", self._read)
+        elif event in ("os.rename", "shutil.move"):
+            for path, place in zip(args[:2], (*args[2:], -1, -1), strict=False):
+                self._path(event, _at(path, place), self._written)
+        elif event == "shutil.copyfile":
+            self._path(event, args[0], self._read)
+            self._path(event, args[1], self._written)
         elif event in _CHANGES:
-            for path in args[:2] if event in ("os.rename", "shutil.move") else args[:1]:
-                self._path(event, path, self._written)
+            place = args[1] if event in ("os.remove", "os.rmdir") else -1
+            self._path(
+                event, _at(args[0], args[2] if event == "os.mkdir" else place), self._written
+            )
         elif event == "exec":
             name = getattr(args[0], "co_filename", "<string>")
             if name.startswith(os.sep) and not _real(name).startswith(self._own):
@@ -152,6 +140,13 @@ class Guard:
         real = _real(path)
         if not real.startswith(allowed) or real.startswith(str(self.forbidden)):
             self._found.append(f"{event} {real[:100]}")
+
+
+def _at(path: Any, place: Any) -> Any:
+    """A path that is relative to an open folder."""
+    if not isinstance(place, int) or place < 0 or isinstance(path, int):
+        return path
+    return os.path.join(os.readlink(f"/proc/self/fd/{place}"), os.fsdecode(path))  # noqa: PTH115, PTH118
 
 
 def _real(path: Any) -> str:

@@ -10,9 +10,10 @@ import torch
 from hostile import INDEX
 
 from llmprune import loading
-from llmprune.checkpoint import files, sparse, tensors
+from llmprune.checkpoint import convert, files, sparse, tensors
 from llmprune.checkpoint.inspect import inspect
 from llmprune.checkpoint.skeleton import open_shelf
+from llmprune.errors import ConfigError
 
 Reader = Callable[[Path, Path], object]
 
@@ -82,6 +83,21 @@ def shelf(folder: Path, scratch: Path) -> object:
     return open_shelf(loading.check(str(folder)), dtype=None, device=torch.device("cpu"))
 
 
+def converted(folder: Path, scratch: Path) -> object:
+    """`python -m llmprune convert`, to the format that it is not in."""
+    target = scratch / "out"
+    try:
+        convert.convert(folder, target, "dense")
+    except ConfigError:  # it is dense
+        convert.convert(folder, target, "sparse")
+    there = list(target.rglob("*"))
+    assert not [p for p in there if p.is_symlink()], "writes a link"
+    assert sorted(p.name for p in scratch.iterdir()) == ["out"], (
+        "leaves something beside the target"
+    )
+    return {key: tensors.load(stored) for key, stored in tensors.index(files.find(target)).items()}
+
+
 READERS: dict[str, Reader] = {
     "files": listing,
     "tensors": values,
@@ -91,6 +107,7 @@ READERS: dict[str, Reader] = {
 
 SLOW: dict[str, Reader] = {  # those that build a model, and what the others have nearly seen
     "inspect one file": one_file,
+    "convert": converted,
     "config": config,
     "model": model,
     "shelf": shelf,

@@ -19,6 +19,7 @@ from hostile import INDEX, finish, link, valid
 
 from llmprune import loading
 from llmprune.checkpoint import files, sparse, tensors
+from llmprune.checkpoint.convert import convert
 from llmprune.checkpoint.inspect import inspect
 from llmprune.checkpoint.skeleton import open_shelf
 from llmprune.errors import CheckpointError, LLMPruneError, short
@@ -446,6 +447,59 @@ def test_a_tokenizer_of_wrong_types_is_one_line(folder: Path, name: str, text: s
     (folder / name).write_text(text)
     with contextlib.suppress(LLMPruneError):
         loading.tokenizer(loading.check(str(folder)))
+
+
+def test_convert_copies_nothing_from_outside(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret.txt").write_text("secret")
+    link("../secret.txt", "vocab.txt")(folder)
+    refused(lambda: convert(folder, tmp_path / "out", "dense"), "outside of the checkpoint")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "secret.txt"]
+
+
+def test_convert_makes_files_of_links_that_stay_inside(folder: Path, tmp_path: Path) -> None:
+    link("tokenizer.json", "same.json")(folder)
+    convert(folder, tmp_path / "out", "dense")
+    copied = tmp_path / "out" / "same.json"
+    assert not copied.is_symlink()
+    assert copied.read_bytes() == (folder / "tokenizer.json").read_bytes()
+
+
+def test_names_of_tensors_become_no_names_of_files(tmp_path: Path) -> None:
+    names = [
+        "../../evil",
+        "/etc/evil",
+        "a\x00b",
+        f"model.layers.{'9' * 5000}.w.weight",
+        "²",
+        "x" * 3000,
+    ]
+    header = {
+        n: {**about("F32", [4, 8], 0), "data_offsets": [128 * i, 128 * i + 128]}
+        for i, n in enumerate(names)
+    }
+    source = tmp_path / "folder"
+    source.mkdir()
+    (source / "model.safetensors").write_bytes(small(header, bytes(128 * len(names))))
+    (source / "config.json").write_text("{}")
+    convert(source, tmp_path / "out", "sparse", max_shard_size=128)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "out"]
+    assert tensors.index(files.find(tmp_path / "out")).keys() == set(names)
+
+
+def test_a_matrix_and_a_part_of_it_in_two_files(tmp_path: Path) -> None:
+    """Each file alone says nothing wrong."""
+    inner = f"{T}_values"
+    for number, name in enumerate((T, inner)):
+        specs = json.dumps({name: {**entry(), "shape": [1, 8], "pattern": "unstructured"}})
+        header: dict[str, Any] = {
+            "__metadata__": {"llmprune.format_version": "1", "llmprune.packed": specs}
+        }
+        header[f"{name}_bitmap"] = about("U8", [1, 1], 1)
+        if number:
+            header[f"{name}_values"] = about("F32", [0], 0) | {"data_offsets": [1, 1]}
+            header[T + "_values"] = about("F32", [0], 0) | {"data_offsets": [1, 1]}
+        (tmp_path / f"{number}.safetensors").write_bytes(small(header, b"\x00"))
+    refused(lambda: tensors.index(files.find(tmp_path)), "is packed, and so is a part of it")
 
 
 def entry(**changes: Any) -> dict[str, Any]:

@@ -137,4 +137,4 @@ def _slices(stored: Stored) -> Iterator[Tensor]:
 def _natural(key: str) -> list[tuple[bool, int, str]]:
     """Sorts block 10 behind block 9."""
     pieces = re.split(r"(\d+)", key)
-    return [(p.isdigit(), int(p) if p.isdigit() else 0, p) for p in pieces]
+    return [(p.isdecimal(), len(p) if p.isdecimal() else 0, p) for p in pieces]

@@ -97,6 +97,9 @@ def packed(headers: Sequence[Header]) -> dict[str, Stored]:
                     f"{short(head.file.name)} and another file describe {short(key)} differently; get "
                     "them again"
                 )
+    for key in found:
+        if not found.keys().isdisjoint((key + VALUES, key + BITMAP)):
+            raise CheckpointError(f"{short(key)} is packed, and so is a part of it; get it again")
     if found and twice:
         key, file = min(twice.items())
         raise CheckpointError(
