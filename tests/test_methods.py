@@ -14,10 +14,11 @@ from torch import Tensor
 from llmprune import methods
 from llmprune.errors import ConfigError, NumericalError
 from llmprune.methods import base
+from llmprune.methods.dsnot import InputMoments
 from llmprune.pattern import NM, Pattern, Unstructured, Within
 from llmprune.stats import Gram, InputNorms, NoStats
 
-NAMES = ("magnitude", "wanda", "ria", "sparsegpt", "alps")
+NAMES = ("magnitude", "wanda", "ria", "dsnot", "sparsegpt", "alps")
 WITHIN: tuple[Within, ...] = ("row", "matrix", "columns")
 
 
@@ -316,7 +317,7 @@ def test_magnitude_ranks_over_the_matrix() -> None:
     assert torch.equal(pruned.keep.flatten(), keep)
 
 
-@pytest.mark.parametrize("name", ["magnitude", "wanda", "ria"])
+@pytest.mark.parametrize("name", ["magnitude", "wanda", "ria", "dsnot"])
 def test_scored_methods_leave_kept_weights_as_they_are(name: str) -> None:
     weight, inputs = problem(9, 48)
     pruned = run(name, weight, inputs, NM(2, 4))
@@ -499,7 +500,11 @@ def test_every_method_says_what_it_is() -> None:
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("wand", {}, "no method 'wand': did you mean 'wanda'.*magnitude, ria, sparsegpt, wanda"),
+        (
+            "wand",
+            {},
+            "no method 'wand': did you mean 'wanda'.*alps, dsnot, magnitude, ria, sparsegpt, wanda",
+        ),
         ("sparse-gpt", {}, "did you mean 'sparsegpt'"),
         ("zzz", {}, "no method 'zzz': known: "),
         ("sparsegpt", {"damp": 0.1}, "no setting 'damp': did you mean 'damping'"),
@@ -568,6 +573,7 @@ def test_statistics_are_of_the_type_that_the_method_asks_for() -> None:
         "magnitude": NoStats,
         "wanda": InputNorms,
         "ria": InputNorms,
+        "dsnot": InputMoments,
         "sparsegpt": Gram,
         "alps": Gram,
     }

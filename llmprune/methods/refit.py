@@ -27,7 +27,8 @@ from llmprune.methods.base import Method, Pruned, Share
 from llmprune.pattern import Pattern
 from llmprune.stats import Gram, InputNorms, NoStats, Stats
 
-DAMPING = 0.1
+DAMPING = 0.3
+"""On a diagonal of ones, at one token per feature; it falls with their number, as the best one does."""
 TOLERANCE = 1e-5  # of a row: its slope on the kept weights, over its slope where all are zero
 MOST = 300  # steps; rows that are not solved by then are counted in the notes
 CHUNK = 2**22  # weights that are solved at a time: float32 matrices of 16 MiB
