@@ -16,20 +16,28 @@ def bits(tensor: Tensor) -> Tensor:
 
 
 def nm_matrix(
-    rows: int, columns: int, n: int, m: int, dtype: torch.dtype, mask: str = "random", seed: int = 0
+    rows: int,
+    columns: int,
+    n: int,
+    m: int,
+    dtype: torch.dtype,
+    mask: str = "random",
+    seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
     """[rows, columns] with at most n of every m neighbours not zero, where `mask` says."""
-    random = torch.Generator().manual_seed(seed)
-    groups = torch.randn(rows, columns // m, m, generator=random)
-    order = torch.rand(groups.shape, generator=random)
+    random = torch.Generator(device).manual_seed(seed)
+    shape = (rows, columns // m, m)
+    groups = torch.randn(shape, generator=random, device=device)
+    order = torch.rand(shape, generator=random, device=device)
     if mask == "first places":
-        order = torch.arange(m, 0, -1).expand(groups.shape)
+        order = torch.arange(m, 0, -1, device=device).expand(shape)
     if mask == "last places":
-        order = torch.arange(m).expand(groups.shape)
-    keep = torch.zeros(groups.shape, dtype=torch.bool)
+        order = torch.arange(m, device=device).expand(shape)
+    keep = torch.zeros(shape, dtype=torch.bool, device=device)
     keep.scatter_(2, order.topk(n, dim=2).indices, True)
     if mask == "fewer":  # some groups keep none, some rows too
-        keep &= torch.rand(groups.shape, generator=random) < 0.6
+        keep &= torch.rand(shape, generator=random, device=device) < 0.6
         keep[rows // 2] = False
     if mask == "none":
         keep[:] = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import pytest
 import torch
@@ -209,6 +210,15 @@ def test_parts_are_added_in_float32(gated: bool, device: torch.device, poisoned:
     torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-5)
 
 
+@cache
+def layer_on_gpu(shape: tuple[int, int], n: int, m: int) -> tuple[Tensor, GemvLayout]:
+    """Once for all numbers of tokens."""
+    dense = nm_matrix(*shape, n, m, torch.bfloat16, device="cuda")
+    layout = layout_of(dense, n, m)
+    assert torch.equal(unpack(unpack_gemv(layout)), dense)
+    return dense, layout
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8), (8, 16)], **ids)
 @pytest.mark.parametrize("tokens", [t for t in TOKENS_ON_GPU if t <= 8])
@@ -217,9 +227,7 @@ def test_on_a_gpu_at_the_size_of_a_layer(
     shape: tuple[int, int], tokens: int, n: int, m: int, poisoned: Unwritten
 ) -> None:
     """The twin of the interpreted test, a hundred times the same."""
-    dense = nm_matrix(*shape, n, m, torch.bfloat16).cuda()
-    layout = layout_of(dense, n, m)
-    assert torch.equal(unpack(unpack_gemv(layout)), dense)
+    dense, layout = layer_on_gpu(shape, n, m)
     x = torch.randn(tokens, shape[1], device="cuda").bfloat16()
     bias = torch.randn(shape[0], device="cuda").bfloat16()
     for shift in (None, bias):

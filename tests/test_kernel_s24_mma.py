@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from conftest import INTERPRETED
 from gluon_on_cpu import LANES, mma_sp, on_cpu
 from kernel_harness import (
     MASKS,
@@ -35,14 +37,21 @@ ids = {"ids": lambda value: str(value).removeprefix("torch.")}
 
 @pytest.fixture
 def emulated(root: Path) -> Iterator[ModuleType]:
+    if not INTERPRETED:
+        pytest.skip("the kernel that adds the parts of a split is compiled here, not interpreted")
     with on_cpu(root / "kernels" / "s24_gluon.py") as module:
         yield module
 
 
 def matrix(
-    rows: int, columns: int, dtype: torch.dtype, mask: str = "random", seed: int = 0
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+    mask: str = "random",
+    seed: int = 0,
+    device: str = "cpu",
 ) -> Tensor:
-    return nm_matrix(rows, columns, 2, 4, dtype, mask, seed)
+    return nm_matrix(rows, columns, 2, 4, dtype, mask, seed, device)
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -208,6 +217,15 @@ def test_this_gpu_passes_the_trial() -> None:
     assert s24.unavailable(torch.device("cuda", torch.cuda.current_device())) is None
 
 
+@cache
+def layer_on_gpu(shape: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, S24Layout]:
+    """Once for all numbers of tokens."""
+    dense = matrix(*shape, dtype, device="cuda")
+    layout = pack_s24(pack(dense))
+    assert torch.equal(unpack(unpack_s24(layout)[0]), dense)
+    return dense, layout
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", TOKENS_ON_GPU)
 @pytest.mark.parametrize("shape", [(4096, 14336), (1024, 4096), (11008, 4096)], **ids)
@@ -216,9 +234,7 @@ def test_on_a_gpu_at_the_size_of_a_layer(
     dtype: torch.dtype, shape: tuple[int, int], tokens: int, poisoned: Unwritten
 ) -> None:
     """The twin of the emulated test, a hundred times the same."""
-    dense = matrix(*shape, dtype).cuda()
-    layout = pack_s24(pack(dense))
-    assert torch.equal(unpack(unpack_s24(layout)[0]), dense)
+    dense, layout = layer_on_gpu(shape, dtype)
     x = torch.randn(tokens, shape[1], device="cuda").to(dtype)
     bias = torch.randn(shape[0], device="cuda").to(dtype)
     for shift in (None, bias):
@@ -232,7 +248,7 @@ def test_on_a_gpu_at_the_size_of_a_layer(
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", TOKENS_ON_GPU)
 def test_gate_and_up_on_a_gpu(tokens: int, poisoned: Unwritten) -> None:
-    gate, up = (matrix(14336, 4096, torch.bfloat16, seed=seed).cuda() for seed in (0, 1))
+    gate, up = (matrix(14336, 4096, torch.bfloat16, seed=seed, device="cuda") for seed in (0, 1))
     layout = pack_gate_up(pack(gate), pack(up))
     x = torch.randn(tokens, 4096, device="cuda").bfloat16() / 64
     bias = torch.randn(2 * 14336, device="cuda").bfloat16()
