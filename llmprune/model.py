@@ -186,10 +186,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model = inner
     if getattr(model, "peft_config", None):
         raise ModelError("the model carries adapters; merge_and_unload() them before pruning")
-    if getattr(model, "quantization_method", None) or getattr(model, "is_quantized", False):
-        raise ModelError("the model is quantised; prune the original, then quantise")
     if any(isinstance(m, SparseLinear | PackedModule) for m in model.modules()):
         raise ModelError("the model's weights are packed; llmprune.densify(model) it, then prune")
+    if getattr(model, "quantization_method", None) or getattr(model, "is_quantized", False):
+        raise ModelError("the model is quantised; prune the original, then quantise")
     return model
 
 

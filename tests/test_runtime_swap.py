@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 import weakref
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from families import logits, tiny
 from tiny import llama
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 import llmprune
 from llmprune.errors import ConfigError, ModelError
@@ -365,7 +367,7 @@ def test_generates_the_same_when_compiled():
 
 
 def test_generates_what_the_trained_model_does(shared):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     folder = shared / "models" / "wikillama-5m"
     model = halved(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
@@ -374,3 +376,39 @@ def test_generates_what_the_trained_model_does(shared):
     truth = model.generate(ids, **settings)
     llmprune.sparsify(model)
     assert torch.equal(model.generate(ids, **settings), truth)
+
+
+# Saving
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon", "qwen3_moe", "gpt_oss"])
+def test_a_packed_model_is_saved_in_the_sparse_format(family, tmp_path):
+    model = halved(tiny(family))
+    before = bits(model)
+    llmprune.sparsify(model)
+    model.save_pretrained(tmp_path / "sparse")
+    llmprune.densify(model)
+    model.save_pretrained(tmp_path / "dense")
+    sizes = {
+        name: (tmp_path / name / "model.safetensors").stat().st_size for name in ("sparse", "dense")
+    }
+    assert sizes["sparse"] < 0.75 * sizes["dense"]
+    for name in ("sparse", "dense"):
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        assert ("quantization_config" in config) == (name == "sparse")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        llmprune.densify(again)
+        assert same(bits(again), before)
+        assert getattr(again.config, "quantization_config", None) is None
+
+
+def test_a_model_that_was_loaded_packed_is_pruned_once_it_is_dense(tmp_path):
+    model = halved(llama())
+    llmprune.sparsify(model)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="densify"):
+        llmprune.prune(again, sparsity=0.7, method="magnitude")
+    llmprune.densify(again)
+    llmprune.prune(again, sparsity=0.7, method="magnitude")
+    assert llmprune.sparsity(again) > 0.69

@@ -173,15 +173,16 @@ class SparseQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: PreTrainedModel, dtype: torch.dtype | None = None
     ) -> PreTrainedModel:
         """The same model with dense weights, as `model.dequantize()` gives."""
-        from llmprune.runtime.seats import expand_all
+        from llmprune.runtime.swap import densify
 
-        expand_all(model)
-        detach(model)
+        densify(model)
         return model if dtype is None else model.to(dtype)
 
 
 def attach(model: PreTrainedModel) -> None:
     """Have `save_pretrained` write a model in memory, whose layers are packed, in the sparse format."""
+    if isinstance(getattr(model, "hf_quantizer", None), SparseQuantizer):
+        return
     config = SparseConfig()
     quantizer = SparseQuantizer(config)
     quantizer.conversions = getattr(model, "_weight_conversions", None)
@@ -191,6 +192,8 @@ def attach(model: PreTrainedModel) -> None:
 
 def detach(model: PreTrainedModel) -> None:
     """Undo `attach`, once no layer is packed any more."""
+    if not isinstance(getattr(model, "hf_quantizer", None), SparseQuantizer):
+        return
     model._weight_conversions = model.hf_quantizer.conversions
     model.hf_quantizer.remove_quantization_config(model)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from llmprune.checkpoint.sparse import DTYPES
 from llmprune.errors import CheckpointError
 from llmprune.kernels.packed import Packed
+from llmprune.runtime.experts import PackedModule
 from llmprune.runtime.linear import SparseLinear, check_packed
 
 if TYPE_CHECKING:
@@ -107,11 +108,10 @@ def packed_weights(model: nn.Module) -> dict[str, Held]:
                 module.pattern,
                 module.axis,
             )
+        elif isinstance(module, PackedModule):
+            for attribute, room in module.rooms.items():
+                values = module.get_parameter(f"{attribute}_values")
+                bitmap = module.get_buffer(f"{attribute}_bitmap")
+                held = Held(values, bitmap, room.shape, room.pattern, room.axis)
+                found[f"{name}.{attribute}"] = held
     return found
-
-
-def expand_all(model: nn.Module) -> None:
-    """Replace the modules that hold packed weights by ordinary ones."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, SparseLinear):
-            model.set_submodule(name, module.to_linear())

@@ -79,24 +79,20 @@ def sparsify(
     parts = _parameters(matrices(model, targets, ignore))
     masks = dict(masks or {})
     _refuse_unknown(masks, parts)
-    owners = Counter(
-        id(p) for m in model.modules() for p in m.parameters(recurse=False) if p.numel()
-    )
+    owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     patterns, left, sizes = dict[str, str](), dict[str, str](), [0, 0]
     for name in list(parts):
         part = parts.pop(name)  # nothing here may keep a dense matrix alive
-        keep = _stacked(part, masks)
-        dense = part[0].parameter
-        if why := _unfit(dense, keep, owners, bool(targets)):
+        keep, before = _stacked(part, masks), part[0].parameter.nbytes
+        if why := _unfit(part[0].parameter, keep, owners, bool(targets)):
             left[name] = why
             continue
-        packed, pattern, axis = _packed(name, dense, keep, part[0].transposed)
-        sizes = [sizes[0] + dense.nbytes, sizes[1] + packed.bytes]
-        patterns[name] = pattern
-        _replace(model, part[0], packed, pattern, axis)
-        del part, dense
+        patterns[name], after = _pack_one(model, part[0], keep)
+        sizes = [sizes[0] + before, sizes[1] + after]
+        del part
     if not patterns:
         raise ModelError(f"nothing could be packed: {_summary(left)}; is this model pruned?")
+    _mark(model, packed=True)
     return Swapped(patterns, left, *sizes)
 
 
@@ -122,7 +118,18 @@ def densify(model: nn.Module) -> Swapped:
             for name, room in list(module.rooms.items()):
                 count(f"{path}.{name}", module.packed(name), room.pattern)
                 release(module, name)
+    _mark(model, packed=False)
     return Swapped(patterns, {}, *sizes)
+
+
+def _mark(model: nn.Module, packed: bool) -> None:
+    """Have `save_pretrained` write the sparse format, or the dense one."""
+    from transformers import PreTrainedModel
+
+    from llmprune.runtime import quantizer
+
+    if isinstance(model, PreTrainedModel):
+        (quantizer.attach if packed else quantizer.detach)(model)
 
 
 def _parameters(chosen: Sequence[Matrix]) -> dict[str, list[Matrix]]:
@@ -178,32 +185,25 @@ def _unfit(dense: Tensor, keep: Tensor | None, owners: Counter[int], named: bool
     return "not smaller when packed" + (", for their zeros are -0.0" if signed else "")
 
 
-def _packed(
-    name: str, dense: Tensor, keep: Tensor | None, transposed: bool
-) -> tuple[Packed, str, Axis]:
-    """A parameter packed, with the tightest pattern that its kept weights hold."""
+def _pack_one(model: nn.Module, matrix: Matrix, keep: Tensor | None) -> tuple[str, int]:
+    """Put the packed form in the place of a parameter; gives its pattern and what it takes in bytes."""
+    dense: Tensor = matrix.parameter.detach()
     if keep is not None:
         dense = dense + 0  # minus zero and zero make zero: outside of a mask, both are the same
     try:
         packed = pack(dense, keep)
     except ValueError as error:
-        raise ConfigError(f"{name}: {error}") from None
-    bits = nonzero_bits(dense) if keep is None else keep
-    axes: tuple[Axis, ...] = ("columns", "rows") if transposed else ("rows", "columns")
-    return packed, *tightest(bits, axes)
-
-
-def _replace(model: nn.Module, matrix: Matrix, packed: Packed, pattern: str, axis: Axis) -> None:
-    """Put the packed form in the place of a parameter."""
+        raise ConfigError(f"{matrix.parameter_name}: {error}") from None
+    axes: tuple[Axis, ...] = ("columns", "rows") if matrix.transposed else ("rows", "columns")
+    pattern, axis = tightest(nonzero_bits(dense) if keep is None else keep, axes)
     module: Any = matrix.module
-    plain = type(module) is nn.Linear or type(module).__name__ == "Conv1D"
-    if matrix.expert is None and plain:
-        layer = SparseLinear.from_packed(
-            packed, module.bias, pattern, axis, type(module).__name__ == "Conv1D"
-        )
+    conv = type(module).__name__ == "Conv1D"
+    if matrix.expert is None and (conv or type(module) is nn.Linear):
+        layer = SparseLinear.from_packed(packed, module.bias, pattern, axis, conv)
         _exchange(model, module, layer.train(module.training))
     else:  # experts, and linear layers that families have given a forward of their own
         hold(module, matrix.attribute, packed, pattern, axis, matrix.transposed)
+    return pattern, packed.bytes
 
 
 def _exchange(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
