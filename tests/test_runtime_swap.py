@@ -113,6 +113,24 @@ def test_one_matrix_is_dense_and_packed_at_a_time(monkeypatch):
     assert alive == list(range(14, 0, -1))
 
 
+def test_one_matrix_is_packed_and_dense_at_a_time(monkeypatch):
+    """And when they are expanded, packed ones go one by one."""
+    model = halved(llama())
+    llmprune.sparsify(model)
+    layers = [weakref.ref(m) for m in model.modules() if isinstance(m, SparseLinear)]
+    alive = []
+    expand = SparseLinear.to_linear
+
+    def noted(layer: SparseLinear) -> nn.Module:
+        alive.append(sum(ref() is not None for ref in layers))
+        return expand(layer)
+
+    monkeypatch.setattr(SparseLinear, "to_linear", noted)
+    llmprune.densify(model)
+    assert alive == sorted(alive, reverse=True)
+    assert alive[-1] <= 2
+
+
 def test_patterns_are_found():
     model = halved(llama(), "2:4")
     done = llmprune.sparsify(model)
@@ -238,8 +256,24 @@ def test_masks_that_do_not_fit():
         ConfigError, match=r"up_proj is torch.bool \[16, 24\]; give bool \[24, 16\]"
     ):
         llmprune.sparsify(model, masks={name: masks[name].T})
-    with pytest.raises(ConfigError, match=r"up_proj.weight: .*mask"):
+    with pytest.raises(ConfigError, match=r"up_proj has \d+ weights outside of its mask"):
         llmprune.sparsify(model, masks={name: torch.zeros_like(masks[name])})
+    assert not any(isinstance(m, SparseLinear) for m in model.modules())
+
+
+def test_masks_of_experts():
+    model = halved(tiny("qwen3_moe"))
+    masks = llmprune.masks(model)
+    chosen = {n: m for n, m in masks.items() if "experts.1." in n and "layers.0" in n}
+    assert len(chosen) == 2
+    for matrix in matrices(model):
+        if matrix.name in chosen:
+            matrix.write(torch.zeros(matrix.shape))
+    llmprune.sparsify(model, masks=chosen)
+    experts = model.model.layers[0].mlp.experts
+    kept = sum(int(m.sum()) for n, m in masks.items() if "layers.0" in n and "gate_up_proj" in n)
+    assert experts.gate_up_proj_values.numel() == kept
+    assert not experts.gate_up_proj[1].expanded().any()
 
 
 # What else llmprune and transformers do to a model

@@ -78,7 +78,7 @@ def sparsify(
     """
     parts = _parameters(matrices(model, targets, ignore))
     masks = dict(masks or {})
-    _refuse_unknown(masks, parts)
+    _check_masks(masks, parts)
     owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     patterns, left, sizes = dict[str, str](), dict[str, str](), [0, 0]
     for name in list(parts):
@@ -110,7 +110,11 @@ def densify(model: nn.Module) -> Swapped:
         sizes[0] += packed.values.element_size() * int(torch.Size(packed.shape).numel())
         sizes[1] += packed.bytes
 
-    for path, module in list(model.named_modules()):
+    packed = (SparseLinear, PackedModule)
+    for path in [n for n, m in model.named_modules() if isinstance(m, packed)]:
+        module = model.get_submodule(
+            path
+        )  # by name: a list of modules would keep them all in memory
         if isinstance(module, SparseLinear):
             count(f"{path}.weight", module.packed, module.pattern)
             _exchange(model, module, module.to_linear())
@@ -143,26 +147,28 @@ def _parameters(chosen: Sequence[Matrix]) -> dict[str, list[Matrix]]:
     return parts
 
 
-def _refuse_unknown(masks: Mapping[str, Tensor], parts: Mapping[str, Sequence[Matrix]]) -> None:
-    known = {m.name for part in parts.values() for m in part}
-    if unknown := sorted(masks.keys() - known):
-        raise ConfigError(f"a mask is for {unknown[0]}, which is no matrix that could be packed")
+def _check_masks(masks: Mapping[str, Tensor], parts: Mapping[str, Sequence[Matrix]]) -> None:
+    """Refuse masks before anything is packed."""
+    known = {m.name: m for part in parts.values() for m in part}
+    for name, mask in masks.items():
+        if name not in known:
+            raise ConfigError(f"a mask is for {name}, which is no matrix that could be packed")
+        weight = known[name].weight
+        if mask.dtype != torch.bool or mask.shape != weight.shape:
+            raise ConfigError(
+                f"the mask of {name} is {mask.dtype} {list(mask.shape)}; give bool {list(weight.shape)}"
+            )
+        if outside := int(((weight != 0) & ~mask.to(weight.device)).sum()):
+            raise ConfigError(f"{name} has {outside} weights outside of its mask that are not zero")
 
 
 def _stacked(part: Sequence[Matrix], masks: Mapping[str, Tensor]) -> Tensor | None:
     """The mask of a parameter in its own layout; None where no mask is given for it."""
-    given = [masks.get(m.name) for m in part]
-    if all(mask is None for mask in given):
+    given = {m: masks[m.name] for m in part if m.name in masks}
+    if not given:
         return None
     whole = part[0].parameter != 0
-    for matrix, mask in zip(part, given, strict=True):
-        if mask is None:
-            continue
-        if mask.dtype != torch.bool or tuple(mask.shape) != matrix.shape:
-            raise ConfigError(
-                f"the mask of {matrix.name} is {mask.dtype} {list(mask.shape)}; give bool "
-                f"{list(matrix.shape)}"
-            )
+    for matrix, mask in given.items():
         one = whole if matrix.expert is None else whole[matrix.expert]
         one.copy_(mask.T if matrix.transposed else mask)
     return whole
@@ -190,10 +196,7 @@ def _pack_one(model: nn.Module, matrix: Matrix, keep: Tensor | None) -> tuple[st
     dense: Tensor = matrix.parameter.detach()
     if keep is not None:
         dense = dense + 0  # minus zero and zero make zero: outside of a mask, both are the same
-    try:
-        packed = pack(dense, keep)
-    except ValueError as error:
-        raise ConfigError(f"{matrix.parameter_name}: {error}") from None
+    packed = pack(dense, keep)
     axes: tuple[Axis, ...] = ("columns", "rows") if matrix.transposed else ("rows", "columns")
     pattern, axis = tightest(nonzero_bits(dense) if keep is None else keep, axes)
     module: Any = matrix.module
