@@ -138,6 +138,7 @@ def prune(argv: Sequence[str], ranks: Ranks) -> int:
             restart=args.restart,
             max_memory=args.max_memory,
             max_shard_size=args.max_shard_size,
+            format=args.format,
             push_to_hub=args.push_to_hub,
             private=args.private,
             plot=args.plot,

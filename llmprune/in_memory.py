@@ -14,8 +14,10 @@ from llmprune.checkpoint.save import check_saveable, check_target, expectations,
 from llmprune.errors import NumericalError
 from llmprune.loading import Opened, Source
 from llmprune.model import Matrix, check_weights, matrices
+from llmprune.notice import ANYWHERE
 from llmprune.observe import check_floodable
 from llmprune.order import Job, Text
+from llmprune.packed_result import packed_bytes
 from llmprune.progress import timed
 from llmprune.prune_matrix import check_fit
 from llmprune.report import PerplexityReport, Report
@@ -67,7 +69,7 @@ def _chosen(job: Job, source: Source, opened: Opened) -> list[Matrix]:
         check_floodable(chosen)
     if job.save is not None:
         check_saveable(opened.model, [m.name for m in chosen])
-        check_target(job.save, job.overwrite, _bytes(opened), source.path)
+        check_target(job.save, job.overwrite, _bytes(job, opened, chosen), source.path)
     job.voice.say(
         f"{type(opened.model).__name__}: {len(chosen)} matrices to prune with {job.prune.method}, {pattern}"
     )
@@ -88,6 +90,7 @@ def _save(job: Job, target: Path, opened: Opened, chosen: Sequence[Matrix], repo
         expected=expectations(report.layers, pattern, transposed=flipped, exact=method.exact),
         max_shard_size=job.max_shard_size,
         overwrite=job.overwrite,
+        sparse=(job.push_to_hub or ANYWHERE) if job.format == "sparse" else None,
     )
     job.voice.say(f"saved to {target}, counts and pattern verified from the files")
 
@@ -111,10 +114,14 @@ def round_to_stored(opened: Opened) -> None:
             parameter.data.copy_(rounded)
 
 
-def _bytes(opened: Opened) -> int:
-    """Size of the checkpoint on disk, and a little for the tokenizer and the rest."""
+def _bytes(job: Job, opened: Opened, chosen: Sequence[Matrix]) -> int:
+    """What the checkpoint needs of the disk, and a little for the tokenizer and the rest."""
     unique = {id(p): (name, p) for name, p in opened.model.named_parameters()}
     total = 2**24
     for name, parameter in unique.values():
         total += parameter.numel() * opened.stored[name].itemsize
+    if job.format == "sparse":  # packed from the dense files, which lie beside it until then
+        _, pattern = job.prune.built()
+        itemsize = max(dtype.itemsize for dtype in opened.stored.values())
+        total += packed_bytes(total, chosen, pattern, itemsize)
     return total

@@ -26,6 +26,8 @@ from llmprune.run import calibrate
 from llmprune.to_disk import run_to_disk
 from llmprune.workplace import settle
 
+LEAST_SPARSITY = 1 / 16  # one bit of 16
+
 
 def run(job: Job) -> Report:
     """Do `job`, printing as it asks for.
@@ -86,6 +88,8 @@ def _check(job: Job) -> Source:
     job.voice.check()
     if job.plot is not None:
         plot.check(job.plot)
+    if job.format == "sparse":
+        _check_sparse(job)
     if job.save is not None:
         settle(job.save)
         check_target(job.save, job.overwrite, 0)
@@ -95,6 +99,18 @@ def _check(job: Job) -> Source:
     if job.save is not None:
         check_target(job.save, job.overwrite, 0, source.path)
     return source
+
+
+def _check_sparse(job: Job) -> None:
+    """Whether a sparse checkpoint is to be written, and can be smaller than a dense one."""
+    if job.save is None:
+        raise ConfigError("--format sparse is about what --save or --push-to-hub write; name one")
+    _, pattern = job.prune.built()
+    if pattern.sparsity <= LEAST_SPARSITY:
+        raise ConfigError(
+            f"--format sparse takes one bit for each weight, so {pattern} makes nothing smaller; raise the "
+            f"sparsity above {LEAST_SPARSITY:g}, or leave the format dense"
+        )
 
 
 def _with_calibration(job: Job, source: Source, tokenizer: Any) -> Job:

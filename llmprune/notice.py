@@ -6,6 +6,7 @@ import re
 
 ANYWHERE = "path/to/this/folder"
 _BEGIN = "> **This checkpoint needs `import llmprune`.**"
+_TAG = "- llmprune-sparse-format\n"
 _SIZES = "\n## Size\n\n| weights | dense | stored here |\n"
 _DENSE_LOAD = re.compile(
     r"from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
@@ -36,7 +37,7 @@ def to_sparse(card: str, name: str, sizes: str) -> str:
         r"import llmprune\nfrom transformers import AutoTokenizer\n\nmodel = llmprune.load(\1)\n",
         card,
     )
-    card = card.replace(DENSE_LIMITS, SPARSE_LIMITS)
+    card = card.replace(DENSE_LIMITS, SPARSE_LIMITS).replace("\ntags:\n", f"\ntags:\n{_TAG}", 1)
     line = (
         f"{_BEGIN} Its pruned matrices are stored packed, which transformers alone cannot read and would "
         f'replace by random weights. Load it with `llmprune.load("{name}")`, or expand it into an '
@@ -54,7 +55,7 @@ def to_dense(card: str) -> str:
     mark = re.escape(_BEGIN)
     card = re.sub(rf"\A{mark}[^\n]*\n\n|\n{mark}[^\n]*\n", "", card, count=1)
     card = re.sub(rf"{re.escape(_SIZES)}(\|[^\n]*\n)*", "", card, count=1)
-    card = card.replace(SPARSE_LIMITS, DENSE_LIMITS)
+    card = card.replace(SPARSE_LIMITS, DENSE_LIMITS).replace(f"\ntags:\n{_TAG}", "\ntags:\n", 1)
     return _SPARSE_LOAD.sub(
         r"from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         r"model = AutoModelForCausalLM.from_pretrained(\1)\n",

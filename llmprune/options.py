@@ -152,6 +152,13 @@ def _calibration_options(parser: argparse.ArgumentParser) -> None:
 def _result_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("result")
     group.add_argument("--save", type=Path, metavar="DIR", help="write the checkpoint here")
+    group.add_argument(
+        "--format",
+        choices=("dense", "sparse"),
+        default="dense",
+        help="dense: an ordinary checkpoint, zeros included, that anything can load; sparse: without the "
+        "zeros, for `import llmprune` alone, and both are on the disk for a moment (dense)",
+    )
     group.add_argument("--overwrite", action="store_true", help="replace DIR if it is a checkpoint")
     group.add_argument(
         "--max-shard-size", default="5GB", help="largest file of the checkpoint (5GB)"

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from llmprune.checkpoint.convert import Format
 from llmprune.choices import ModelChoice, Voice
 from llmprune.eval import perplexity as measure
 from llmprune.parallel import ALONE, Ranks
@@ -28,6 +29,7 @@ class Job:
     restart: bool = False
     max_shard_size: str = "5GB"
     max_memory: str | None = None
+    format: Format = "dense"
     push_to_hub: str | None = None
     private: bool = False
     plot: Path | None = None

@@ -25,7 +25,6 @@ from llmprune.calibration import Calibration
 from llmprune.checkpoint.save import check_target, write_side_files
 from llmprune.checkpoint.shelf import Shelf
 from llmprune.checkpoint.skeleton import open_shelf
-from llmprune.checkpoint.target import put_in_place
 from llmprune.checkpoint.tensors import raw
 from llmprune.deliver import check_layout
 from llmprune.errors import CheckpointError, ConfigError, NotByBlock
@@ -35,6 +34,7 @@ from llmprune.memory import budget, fits, least, parse_size
 from llmprune.model import Matrix, check_vocabulary, matrices
 from llmprune.observe import check_floodable
 from llmprune.order import Job, Text
+from llmprune.packed_result import pack, room_to_pack
 from llmprune.parallel import Ranks
 from llmprune.preserve import evaluating, random_state
 from llmprune.progress import Bar, timed
@@ -99,6 +99,7 @@ def _to_target(
         job.prune,
         data,
         settings,
+        packed=room_to_pack(job, shelf, chosen),
         restart=job.restart,
         say=job.voice.say,
         progress=not job.voice.quiet,
@@ -277,8 +278,10 @@ class _Run:
         card = hub.card(report, repo_id=job.push_to_hub, command=job.command())
         (folder / "README.md").write_text(card, encoding="utf-8")
         (folder / "llmprune.json").write_text(report.to_json() + "\n", encoding="utf-8")
+        if job.format == "sparse":
+            pack(job, self.work, self.settings.max_shard_size)
         check_target(target, job.overwrite, 0, self.source.path)
-        put_in_place(folder, target, job.overwrite)
+        self.work.put_in_place(target, job.overwrite, packed=job.format == "sparse")
         if job.save is not None:
             job.voice.say(f"saved to {target}, counts and pattern verified from the files")
 

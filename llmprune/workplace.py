@@ -17,13 +17,17 @@ from llmprune.checkpoint import fingerprint as prints
 from llmprune.checkpoint.journal import Followed, Journal, clear_finished
 from llmprune.checkpoint.shards import Shards
 from llmprune.checkpoint.shelf import Shelf
-from llmprune.checkpoint.target import resolve, size, unfinished
+from llmprune.checkpoint.target import put_in_place, resolve, size, unfinished
 from llmprune.checkpoint.target import settle as settle_target
 from llmprune.errors import CheckpointError
 from llmprune.memory import Budget, default_batch
 from llmprune.parallel import ALONE, Ranks
 from llmprune.provenance import versions
 from llmprune.run import PruneConfig
+
+PACKED = "packed"
+"""Folder inside a run's, in which a result in the sparse format is put together."""
+_PACKED_DONE = "packed.done"  # there while that folder is complete, or has become the target
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,19 @@ class Workplace:
         else:
             self.journal.discard()
 
+    def put_in_place(self, target: Path, overwrite: bool, *, packed: bool) -> None:
+        """Rename the finished checkpoint to `target`, or the packed one, and then the dense one goes.
+
+        Raises:
+            OSError: when that cannot be done.
+        """
+        if not packed:
+            put_in_place(self.checkpoint, target, overwrite)
+            return
+        (self.folder / _PACKED_DONE).touch()
+        put_in_place(self.folder / PACKED, target, overwrite)
+        shutil.rmtree(self.checkpoint)
+
     @property
     def blocks(self) -> int:
         """How many blocks are finished."""
@@ -89,11 +106,14 @@ def open_workplace(
     data: Calibration | None,
     settings: Settings,
     *,
+    packed: int = 0,
     restart: bool,
     say: Callable[[str], None],
     progress: bool,
 ) -> Workplace:
     """Open the folder in which the run to `target` keeps what it has finished, or begin one.
+
+    `packed` is what a result in the sparse format will take of the disk beside the dense one.
 
     Raises:
         ConfigError: when there is an unfinished run of something else.
@@ -118,7 +138,7 @@ def open_workplace(
             )
         if journal.resumed:
             say(f"taking up the unfinished run in {folder} ({work.blocks} blocks finished)")
-        _make_room(work, target, hidden_bytes(shelf, data))
+        _make_room(work, target, hidden_bytes(shelf, data), packed)
         ranks.tell(journal.steps)
     except BaseException:
         work.close()
@@ -131,7 +151,10 @@ def settle(target: Path) -> None:
     place = resolve(target)
     settle_target(place)
     folder = unfinished(target)
-    if place.exists() and not (folder / "checkpoint").exists():
+    in_place = not (folder / "checkpoint").exists() or (
+        (folder / _PACKED_DONE).exists() and not (folder / PACKED).exists()
+    )
+    if place.exists() and in_place:
         clear_finished(folder)
 
 
@@ -143,13 +166,14 @@ def hidden_bytes(shelf: Shelf, data: Calibration | None) -> int:
     return 2 * data.ids.numel() * width * next(shelf.layers.parameters()).element_size()
 
 
-def _make_room(work: Workplace, target: Path, hidden: int) -> None:
-    """Take the room for the output, once it is known that there is enough for hidden states as well.
+def _make_room(work: Workplace, target: Path, hidden: int, packed: int) -> None:
+    """Take the room for the output, once it is known that there is enough for all that lies beside it.
 
     Raises:
         CheckpointError: with the figures.
     """
     folder, shards = work.folder, work.shards
+    (folder / _PACKED_DONE).unlink(missing_ok=True)
     for (
         path
     ) in folder.iterdir():  # of a run that was killed: temporary folders, a half-made generation
@@ -157,7 +181,7 @@ def _make_room(work: Workplace, target: Path, hidden: int) -> None:
             shutil.rmtree(path)
     free = shutil.disk_usage(folder).free
     here = sum(p.stat().st_blocks * 512 for p in folder.rglob("*") if p.is_file())
-    need, error = shards.bytes + hidden, None
+    need, error = shards.bytes + hidden + packed, None
     if need <= free + here:
         try:
             shards.create()
@@ -166,7 +190,8 @@ def _make_room(work: Workplace, target: Path, hidden: int) -> None:
             error = failed
     why = f" ({error.strerror})" if error else ""
     raise CheckpointError(
-        f"{target} needs {size(need - here)} ({size(hidden)} for hidden states while it is made), and its "
+        f"{target} needs {size(need - here)} ({size(hidden)} for hidden states while it is made"
+        f"{f', {size(packed)} to pack it' if packed else ''}), and its "
         f"disk has {size(free)} free{why}; make room or choose another disk"
     ) from error
 

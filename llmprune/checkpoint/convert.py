@@ -123,6 +123,36 @@ def convert(
     return Conversion(str(source), str(target), to, found)
 
 
+def pack_folder(
+    source: Path, target: Path, max_shard_size: int, name: str, *, progress: bool = False
+) -> Sizes:
+    """Write the dense checkpoint in the folder `source` to the folder `target` in the sparse format.
+
+    Args:
+        source: whose files are trusted to be whole.
+        target: folder that holds no checkpoint; made where it is not there.
+        max_shard_size: bytes of the largest file.
+        name: what the card says to load it by.
+        progress: show a bar after two seconds.
+
+    Raises:
+        ConfigError: when there is nothing to pack.
+        CheckpointError: when the written files are not what was read.
+        OSError: when something cannot be written.
+    """
+    files = find(source)
+    work = _Source(files, _config(files), tensors.index(files), name)
+    with Bar(3 * len(work.stored), "packing", unit="tensor", enabled=progress) as bar:
+
+        def tell(doing: str) -> None:
+            bar.step(0, 1, doing)
+
+        packed = work.packed("sparse", tell)
+        bar.expect(2 * len(work.stored))
+        work.write(target, packed, max_shard_size, tell)
+    return rewrite.sizes(work.stored, packed)
+
+
 @dataclass(frozen=True)
 class _Source:
     """The checkpoint that is read: its files, config.json, and every tensor."""
@@ -130,6 +160,7 @@ class _Source:
     files: Files
     config: Mapping[str, Any]
     stored: Mapping[str, Stored]
+    name: str = notice.ANYWHERE
 
     def packed(self, to: Format, tell: Callable[[str], None]) -> dict[str, Spec]:
         """The matrices that are packed in the sparse one of the two checkpoints.
@@ -189,10 +220,9 @@ class _Source:
         if "README.md" in self.files.names:
             with suppress(UnicodeDecodeError):
                 card = self.files.fetch("README.md").read_text(encoding="utf-8")
+        card = notice.to_dense(card)
         if sizes is not None:
-            card = notice.to_sparse(card, notice.ANYWHERE, sizes.rows())
-        else:
-            card = notice.to_dense(card)
+            card = notice.to_sparse(card, self.name, sizes.rows())
         if card.strip():  # of a checkpoint without a card, the notice was all there was
             (folder / "README.md").write_text(card, encoding="utf-8")
 

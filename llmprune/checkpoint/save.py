@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from llmprune.checkpoint.convert import pack_folder
 from llmprune.checkpoint.quiet import quiet
 from llmprune.checkpoint.target import check_target as check_target
 from llmprune.checkpoint.target import staged
@@ -30,6 +31,7 @@ from llmprune.checkpoint.verify import check_matrix, verify_zeros
 from llmprune.checkpoint.verify import expectations as expectations
 from llmprune.checkpoint.verify import verify as verify
 from llmprune.errors import CheckpointError, ModelError
+from llmprune.memory import parse_size
 from llmprune.model import every_matrix
 from llmprune.report import Report
 
@@ -91,12 +93,12 @@ def save(
     expected: Sequence[Expected] = (),
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
+    sparse: str | None = None,
 ) -> None:
     """Write model, tokenizer, generation config, report and card to `target`, in one step.
 
-    Everything is written beside the target, flushed, read back (`expected`) and renamed. Whatever
-    goes wrong before that, Ctrl-C included, leaves the target as it was and nothing else behind.
-    The model and its config are as before in either case.
+    Everything is written beside the target, flushed, read back (`expected`) and renamed. Whatever goes wrong
+    before that, Ctrl-C included, leaves the target, the model and its config as they were.
 
     Args:
         model: on any device, in any compute dtype.
@@ -104,30 +106,47 @@ def save(
         target: folder to write; its parents are made.
         report: becomes `llmprune.json`.
         card: text of `README.md`.
-        stored: dtype of each parameter in the file, by name; those not named keep the dtype they
-            have.
+        stored: dtype of each parameter in the file, by name; those not named keep the one they have.
         expected: what to verify in the written files before they are put in place.
         max_shard_size: as transformers takes it, `"5GB"` or bytes.
         overwrite: whether to replace a checkpoint that is there.
+        sparse: name to load it by, which has it stored in the sparse format; None stores it dense.
 
     Raises:
         ConfigError: when the target is not free.
         CheckpointError: when it cannot be written, or the files are not what was decided.
     """
+    most = parse_size(max_shard_size, "max_shard_size")
     try:
         with staged(target, overwrite) as staging:
-            if tokenizer is not None:
-                tokenizer.save_pretrained(staging)
-            (staging / "README.md").write_text(card, encoding="utf-8")
-            (staging / "llmprune.json").write_text(report.to_json() + "\n", encoding="utf-8")
-            with _stored_dtypes(model, stored or {}) as dtype:
-                _write_model(model, staging, max_shard_size)
-            _settle_config(staging / "config.json", dtype)
-            _verify(staging, model, expected)
+            dense = staging if sparse is None else staging / "dense"
+            dense.mkdir(exist_ok=True)
+            _write_words(dense, tokenizer, card, report)
+            _write_dense(model, dense, stored or {}, most)
+            _verify(dense, model, expected)
+            if sparse is not None:
+                pack_folder(dense, staging, most, sparse)
+                shutil.rmtree(dense)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{target} could not be written: {_line(error)}; nothing is left of it"
         ) from error
+
+
+def _write_dense(
+    model: PreTrainedModel, folder: Path, stored: Mapping[str, torch.dtype], max_shard_size: int
+) -> None:
+    with _stored_dtypes(model, stored) as dtype:
+        _write_model(model, folder, max_shard_size)
+    _settle_config(folder / "config.json", dtype)
+
+
+def _write_words(folder: Path, tokenizer: Any, card: str, report: Report) -> None:
+    """Tokenizer, card and report."""
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / "llmprune.json").write_text(report.to_json() + "\n", encoding="utf-8")
 
 
 @contextmanager
