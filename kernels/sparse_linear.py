@@ -19,7 +19,7 @@ from torch import Tensor
 
 from llmprune.kernels.choice import EXPAND, find
 from llmprune.kernels.expand import values_gradient
-from llmprune.kernels.packed import Packed, unpack, unpack_bits
+from llmprune.kernels.packed import Packed, select, unpack
 
 
 def sparse_linear(
@@ -186,7 +186,7 @@ def _(values: Tensor, bitmap: Tensor, shape: Sequence[int]) -> Tensor:
 @torch.library.custom_op("llmprune::sparse_gather", mutates_args=())
 def _gather(dense: Tensor, values: Tensor, bitmap: Tensor) -> Tensor:
     """The weights of `dense` at kept positions, as `values` [kept], which is read for its length."""
-    return dense[unpack_bits(bitmap, dense.shape[-1])]
+    return select(dense, bitmap)
 
 
 @_gather.register_fake
