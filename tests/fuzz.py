@@ -14,6 +14,7 @@ import argparse
 import importlib
 import json
 import os
+import platform
 import random
 import shutil
 import signal
@@ -23,18 +24,22 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+from guard import GROWTH, MARGIN
 from safetensors import SafetensorError
 
 HERE = Path(__file__).resolve().parent
 HANG = 20.0  # seconds that one input may take before its process is ended
+START = 600.0  # seconds that a process may take to begin
 LONG = 5.0  # seconds that one reader may take
 LONGEST = 500  # characters of an error message
 BYTES = 96  # of an input
-SELDOM = 20  # a slow reader gets one input of so many
+SELDOM = 40  # a slow reader gets one input of so many
 _EXPECTED = (OSError, ValueError, RecursionError, SafetensorError)  # of calls into compiled code
 
 
@@ -251,7 +256,7 @@ def _ended(process: subprocess.Popen[bytes], place: Path) -> str:
     current, begun = place / "current", time.time()
     while (status := process.poll()) is None:
         time.sleep(0.1)
-        since = current.stat().st_mtime if current.is_file() else begun + 60
+        since = current.stat().st_mtime if current.is_file() else begun + START - HANG
         if time.time() - since > HANG:
             process.send_signal(signal.SIGKILL)
             process.wait()
@@ -264,14 +269,49 @@ def _memory() -> str | None:
     return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
-def fuzz(inputs: int, seed: int, coverage: bool) -> Tally:
-    """Run `inputs` inputs, half of them led by coverage if so wished."""
-    total = Tally()
-    led = inputs // 2 if coverage else 0
-    watch("random", seed, inputs - led, total)
-    if led:
-        watch("coverage", seed + 1, led, total)
-    return total
+def fuzz(inputs: int, seed: int, processes: int) -> dict[str, Tally]:
+    """Run `inputs` inputs, half of them random, half led by coverage, at the same time."""
+    found = {"random": Tally(), "coverage": Tally()}
+    with ThreadPoolExecutor(processes) as pool:
+        runs = []
+        for number in range(processes):
+            engine, tally = ("random", "coverage")[number % 2], Tally()
+            share = inputs // processes + (number < inputs % processes)
+            runs.append((engine, tally, pool.submit(watch, engine, seed + number, share, tally)))
+        for engine, tally, run in runs:
+            run.result()
+            found[engine].add(tally.as_dict())
+    return found
+
+
+def report(found: dict[str, Tally], seconds: float) -> dict[str, Any]:
+    """What is published."""
+    import torch
+
+    from llmprune.provenance import versions
+
+    names = {**versions(torch.device("cpu")), "atheris": version("atheris")}
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "promise": f"a result or one clear line of at most {LONGEST} characters; no other exception, no "
+        f"crash, none above {LONG:.0f} s; address space for {MARGIN} bytes and {GROWTH} times the files; "
+        "nothing opened, listed, changed, imported or run outside of the folder",
+        "slow_readers": f"one input of {SELDOM}",
+        "commit": _commit(),
+        "versions": names,
+        "machine": platform.platform(),
+        "seconds": round(seconds),
+        "failures": sum(len(tally.failures) for tally in found.values()),
+        "inputs": sum(tally.inputs for tally in found.values()),
+        "by_engine": {engine: tally.as_dict() for engine, tally in found.items()},
+    }
+
+
+def _commit() -> str:
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True
+    )
+    return done.stdout.strip() or "unknown"
 
 
 def main() -> None:
@@ -279,6 +319,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Fuzz every reader of checkpoints.")
     parser.add_argument("--inputs", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=2, help="every second one led by coverage")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", metavar="HEX", help="one input, with tracebacks")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -294,8 +335,12 @@ def main() -> None:
             print(json.dumps(bench.tally.as_dict(), indent=2).replace("\\n", "\n"))
         return
     begun = time.monotonic()
-    found = fuzz(args.inputs, args.seed, coverage=True)
-    print(json.dumps(found.as_dict(), indent=2), f"{time.monotonic() - begun:.0f} s")
+    found = fuzz(args.inputs, args.seed, args.processes)
+    text = json.dumps(report(found, time.monotonic() - begun), indent=2) + "\n"
+    if args.out:
+        args.out.write_text(text)
+    print(text)
+    raise SystemExit(any(tally.failures for tally in found.values()))
 
 
 if __name__ == "__main__":
