@@ -23,7 +23,6 @@ GEMV = {
     (1, 2, 4): 5.0,
     (4, 2, 4): 6.1,
     (8, 2, 4): 8.9,  # more than an H200 has: there, more than 4 tokens are for s24_mma
-    (1, 4, 8): 5.0,
     (1, 8, 16): 5.0,
     (1, 5, 16): 3.0,
 }
@@ -85,13 +84,14 @@ def no_detours(one: Found, apart: Set[str] = frozenset()) -> None:
 def test_nm_gemv_compiles_without_detours(arch: int, tmp_path: Path, root: Path) -> None:
     jobs = [
         with_ones(gemv(arch, 1, 2, 4), "tokens"),
-        gemv(arch, 8, 8, 16, even=False, bfloat=False),
+        gemv(arch, 8, 2, 4, even=False, bfloat=False),
     ]
     for job, one in zip(jobs, found(jobs, tmp_path, root), strict=True):
         no_detours(one)
         assert one.registers <= 128, job
 
 
+@pytest.mark.slow
 def test_nm_gemv_stays_within_its_instructions(tmp_path: Path, root: Path) -> None:
     jobs = [gemv(90, *which) for which in GEMV]
     for (which, most), one in zip(GEMV.items(), found(jobs, tmp_path, root), strict=True):
@@ -126,9 +126,10 @@ def test_s24_mma_stays_within_its_instructions(tmp_path: Path, root: Path) -> No
         assert took <= most < BUDGET_H200, f"{tokens}: {took:.2f} slots per weight, {one.loop}"
 
 
+@pytest.mark.slow
 def test_every_variant_compiles(tmp_path: Path, root: Path) -> None:
     """What the launchers may ask for beside what the tests above look into, for one GPU."""
-    every = [(t, g, p) for t in (1, 16) for g in (False, True) for p in (False, True)]
+    every = [(16, g, p) for g in (False, True) for p in (False, True)]
     jobs = [s24(90, tokens, "f16", False, gated, parts) for tokens, gated, parts in every]
     jobs += [
         with_ones(s24(90, 1, every=False, gated=True), "tokens", "chunks", "share", "out"),
