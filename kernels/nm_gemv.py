@@ -9,7 +9,7 @@ lies within one group, a few neighbouring bytes, and no lane needs what another 
 and with `split` several programs, share out the columns. Sums are float32 and always in the same order.
 
 State: equal to the reference in Triton's interpreter, also for matrices that no tile divides; compiles
-offline for sm_80, 89, 90, 100 and 120 without shared memory in the loop and without spills
+offline with Triton 3.6, 3.7 and 3.9 for sm_80 to sm_120, with neither shared memory nor spills in the loop
 (tests/test_kernel_nm_gemv.py, tests/test_kernel_codegen.py, which hold the instructions per weight).
 **It has not run on a GPU**, its speed is unknown, the warps and the split are guesses, and nothing
 dispatches to it yet.

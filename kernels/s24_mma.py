@@ -13,7 +13,7 @@ up to the end: closer to the truth than a model that rounds gate and up in betwe
 State: the source of the kernel, its inline assembly included, gives the products of float64 when an emulator
 of the instructions runs it on a CPU (tests/gluon_on_cpu.py, tests/test_kernel_s24_mma.py); places are ordered
 as torch orders them for CUTLASS; it compiles with Triton 3.6, 3.7 and 3.9 for sm_80, 86, 89, 90, 100 and 120,
-without spills and without shared memory in the loop (tests/test_kernel_codegen.py). **It has not run on a
+with neither spills nor shared memory in the loop (tests/test_kernel_codegen.py). **It has not run on a
 GPU.** Its speed is unknown, warps and split are guesses, and nothing dispatches to it yet. `unavailable`
 compares it with the reference once on each GPU before use.
 """
