@@ -294,8 +294,8 @@ def report(found: dict[str, Tally], seconds: float) -> dict[str, Any]:
     return {
         "command": " ".join(["python", *sys.argv]),
         "promise": f"a result or one clear line of at most {LONGEST} characters; no other exception, no "
-        f"crash, none above {LONG:.0f} s of a core; address space for {MARGIN} bytes and {GROWTH} times the files; "
-        "nothing opened, listed, changed, imported or run outside of the folder",
+        f"crash, none above {LONG:.0f} s of a core; address space for {MARGIN} bytes and {GROWTH} times the "
+        "files; nothing opened, listed, changed, imported or run outside of the folder",
         "slow_readers": f"one input of {SELDOM}",
         "commit": _commit(),
         "versions": names,
