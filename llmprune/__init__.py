@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from llmprune.run import PruneConfig as PruneConfig
     from llmprune.run import prune as prune
     from llmprune.runtime.linear import SparseLinear as SparseLinear
+    from llmprune.runtime.load import load as load
     from llmprune.runtime.quantizer import SparseConfig as SparseConfig
     from llmprune.runtime.swap import densify as densify
     from llmprune.runtime.swap import sparsify as sparsify
@@ -38,6 +39,7 @@ _HOME = {
     "SparseLinear": "runtime.linear",
     "Unstructured": "pattern",
     "densify": "runtime.swap",
+    "load": "runtime.load",
     "masks": "model",
     "prune": "run",
     "sparsify": "runtime.swap",

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from sparse_files import prune, sparse_folder
 from tiny import llama
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GptOssConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    Qwen3MoeConfig,
+)
 
 import llmprune
 from llmprune.runtime.linear import SparseLinear
+from llmprune.runtime.seats import packed_weights
 
 IDS = torch.arange(12).reshape(2, 6)
 
@@ -175,6 +189,151 @@ def test_conv1d_and_tied_embeddings(tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     assert equal(model.dequantize(), dense)
+
+
+COMMON = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 40,
+}
+MIXTURES: dict[str, Callable[[], Any]] = {
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **COMMON, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2, head_dim=8
+    ),
+    "mixtral": lambda: MixtralConfig(**COMMON, num_local_experts=4, tie_word_embeddings=True),
+    "gpt_oss": lambda: GptOssConfig(
+        **COMMON, num_local_experts=4, head_dim=8, num_experts_per_tok=2, dtype="bfloat16"
+    ),
+    "deepseek_v3": lambda: DeepseekV3Config(
+        **{**COMMON, "num_key_value_heads": 4},
+        moe_intermediate_size=16,
+        n_routed_experts=4,
+        n_group=2,
+        topk_group=1,
+        num_experts_per_tok=2,
+        first_k_dense_replace=1,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=MIXTURES)
+def mixture(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """(dense model, sparse folder of it) of a family whose files hold experts otherwise than the model."""
+    torch.manual_seed(0)
+    config = MIXTURES[request.param]()
+    dense = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32).eval()
+    prune(dense)
+    return dense, sparse_folder(dense, tmp_path_factory.mktemp(request.param), shard="20KB")
+
+
+def test_experts_stay_packed(mixture: Any, tmp_path: Path) -> None:
+    dense, folder = mixture
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values())
+    names = packed_weights(model)
+    assert any("experts" in name and held.values.numel() for name, held in names.items())
+    assert torch.allclose(logits(model), logits(dense), atol=1e-5)
+    model.save_pretrained(tmp_path / "a", max_shard_size=9000)
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "a", output_loading_info=True)
+    assert not any(info.values())
+    assert packed_weights(again).keys() == names.keys()
+    again.save_pretrained(tmp_path / "b", max_shard_size=9000)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert equal(again.dequantize(), dense)
+
+
+def test_experts_are_expanded(mixture: Any) -> None:
+    dense, folder = mixture
+    config = llmprune.SparseConfig(expand=True)
+    with pytest.warns(UserWarning, match="loading attributes"):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, output_loading_info=True, quantization_config=config
+        )
+    assert not any(info.values())
+    assert equal(model, dense)
+
+
+def test_a_model_packed_in_memory_is_saved_packed(mixture: Any, tmp_path: Path) -> None:
+    dense, folder = mixture
+    model = copy.deepcopy(dense)
+    llmprune.sparsify(model)
+    model.save_pretrained(tmp_path / "a")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "b")
+    assert contents(tmp_path / "a").keys() == contents(tmp_path / "b").keys()
+    llmprune.densify(model)
+    assert equal(model, dense)
+    model.save_pretrained(tmp_path / "c")
+    dense.save_pretrained(tmp_path / "d")
+    files = [contents(tmp_path / name)["model.safetensors"] for name in ("c", "d")]
+    assert files[0] == files[1]
+
+
+def test_kept_zeros_and_dense_experts_survive(tmp_path: Path) -> None:
+    """Of an expert that nothing was taken from, nothing is said; a kept zero is kept by its bit."""
+    torch.manual_seed(0)
+    dense = AutoModelForCausalLM.from_config(MIXTURES["qwen3_moe"]()).eval()
+    prune(dense)
+    kept = "model.layers.0.mlp.experts.1.gate_proj.weight"
+    with torch.no_grad():
+        dense.model.layers[0].mlp.experts.gate_up_proj[1, :16] = torch.randn(16, 32)
+    folder = sparse_folder(dense, tmp_path / "sparse")
+    file = folder / "model.safetensors"
+    with safe_open(file, framework="pt") as opened:
+        tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+        about = opened.metadata()
+    assert kept in tensors
+    zero = "model.layers.0.mlp.experts.2.up_proj.weight_values"
+    tensors[zero][3:5] = torch.tensor([0.0, -0.0])
+    save_file(tensors, file, metadata=about)
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "a")
+    saved = contents(tmp_path / "a")["model.safetensors"]
+    before = contents(folder)["model.safetensors"]
+    assert {k: saved[k] for k in (kept, zero)} == {k: before[k] for k in (kept, zero)}
+    assert kept + "_values" not in saved
+
+
+MAPS: dict[str, Any] = {
+    "cpu": "cpu",
+    "auto": "auto",
+    "disk": {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    | dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu"),
+}
+
+
+@pytest.mark.parametrize("where", MAPS)
+def test_device_maps(where: str, mixture: Any, tmp_path: Path) -> None:
+    dense, folder = mixture
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, device_map=MAPS[where], offload_folder=str(tmp_path / "offload")
+    )
+    assert torch.allclose(logits(model), logits(dense), atol=1e-5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that weights on a disk are read to be saved
+        model.save_pretrained(tmp_path / "a")
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "b")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_values_and_bitmaps_that_disagree_are_refused(folder: Path, tmp_path: Path) -> None:
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    file = tmp_path / "model.safetensors"
+    with safe_open(file, framework="pt") as opened:
+        tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+        about = opened.metadata()
+    tensors["model.layers.1.mlp.up_proj.weight_bitmap"][0, 0] ^= 1
+    save_file(tensors, file, metadata=about)
+    with pytest.raises(llmprune.LLMPruneError, match=r"layers.1.mlp.up_proj.weight: .* keeps"):
+        LlamaForCausalLM.from_pretrained(tmp_path)
 
 
 def test_a_dense_checkpoint_is_refused_with_a_sparse_config(dense: Any, tmp_path: Path) -> None:

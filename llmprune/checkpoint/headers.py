@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from llmprune.checkpoint.sparse import BITMAP, VALUES, Entry, Spec, specs
-from llmprune.checkpoint.tensors import opened
-from llmprune.errors import CheckpointError, short
+from llmprune.checkpoint.sparse import BITMAP, VALUES, Spec
+from llmprune.checkpoint.tensors import header, packed
 
 
 @dataclass(frozen=True)
@@ -23,34 +23,17 @@ class Headers:
     packed: dict[str, Spec]
     dense: frozenset[str]
 
+    def __deepcopy__(self, memo: Any) -> Headers:
+        return self  # nothing in it changes, and transformers copies the configs that hold it
+
 
 def read_headers(files: Iterable[Path]) -> Headers:
     """The headers of all safetensors files of a checkpoint.
 
-    A matrix's two tensors may lie in two files, and several files may describe it: transformers splits a
-    model where a file is full, and writes the same description into each.
-
     Raises:
         CheckpointError: a file cannot be read, or is no valid sparse file (docs/format.md).
     """
-    tensors: dict[str, Entry] = {}
-    abouts: list[tuple[Path, dict[str, str]]] = []
-    for path in files:
-        with opened(path) as file:
-            abouts.append((path, dict(file.metadata() or {})))
-            for key in file.keys():  # noqa: SIM118, a file is no dictionary
-                if key in tensors:
-                    raise CheckpointError(
-                        f"{short(path.name)} holds {short(key)}, and another file does, too; get them again"
-                    )
-                entry = file.get_slice(key)
-                tensors[key] = str(entry.get_dtype()), tuple(entry.get_shape())
-    packed: dict[str, Spec] = {}
-    for path, about in abouts:
-        for name, spec in specs(path.name, about, tensors).items():
-            if packed.setdefault(name, spec) != spec:
-                raise CheckpointError(
-                    f"{short(path.name)} and another file describe {short(name)} differently; get them again"
-                )
-    parts = {name + part for name in packed for part in (VALUES, BITMAP, "")}
-    return Headers(packed, frozenset(tensors.keys() - parts))
+    heads = [header(path) for path in files]
+    specs = {n: s.packed.spec for n, s in packed(heads).items() if s.packed is not None}
+    hidden = {name + part for name in specs for part in (VALUES, BITMAP, "")}
+    return Headers(specs, frozenset({key for head in heads for key in head.entries} - hidden))

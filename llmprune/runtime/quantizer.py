@@ -55,6 +55,10 @@ class SparseConfig(QuantizationConfigMixin):  # type: ignore[misc]
         """What `config.json` says."""
         return settings()
 
+    def get(self, name: str, default: Any = None) -> Any:
+        """As of the dictionary in `config.json`, for which transformers may take it."""
+        return self.to_dict().get(name, default)
+
     def get_loading_attributes(self) -> dict[str, Any]:
         """What counts of a config that is passed to `from_pretrained` beside the checkpoint's own."""
         return {"expand": self.expand}
@@ -123,7 +127,7 @@ class SparseQuantizer(HfQuantizer):  # type: ignore[misc]
         """Look into the files; the rest is done when transformers asks for conversions, and names them."""
         from llmprune.checkpoint.headers import read_headers
 
-        given = self.quantization_config.headers
+        given, self.quantization_config.headers = self.quantization_config.headers, None
         headers = given or read_headers([Path(file) for file in checkpoint_files or ()])
         self._loading = model, headers, dtype
         return model
@@ -175,14 +179,23 @@ class SparseQuantizer(HfQuantizer):  # type: ignore[misc]
         """The same model with dense weights, as `model.dequantize()` gives."""
         from llmprune.runtime.swap import densify
 
-        densify(model)
+        densify(model)  # which also detaches the model
         return model if dtype is None else model.to(dtype)
 
 
 def attach(model: PreTrainedModel) -> None:
-    """Have `save_pretrained` write a model in memory, whose layers are packed, in the sparse format."""
-    if isinstance(getattr(model, "hf_quantizer", None), SparseQuantizer):
+    """Have `save_pretrained` write a model in memory, whose weights are packed, in the sparse format.
+
+    Raises:
+        ConfigError: for a model that another quantizer saves; it would not know packed weights.
+    """
+    other = getattr(model, "hf_quantizer", None)
+    if isinstance(other, SparseQuantizer):
         return
+    if other is not None:
+        raise ConfigError(
+            f"this model is quantised ({other.quantization_config.quant_method}): sparsify the original"
+        )
     config = SparseConfig()
     quantizer = SparseQuantizer(config)
     quantizer.conversions = getattr(model, "_weight_conversions", None)
@@ -191,11 +204,11 @@ def attach(model: PreTrainedModel) -> None:
 
 
 def detach(model: PreTrainedModel) -> None:
-    """Undo `attach`, once no layer is packed any more."""
-    if not isinstance(getattr(model, "hf_quantizer", None), SparseQuantizer):
-        return
-    model._weight_conversions = model.hf_quantizer.conversions
-    model.hf_quantizer.remove_quantization_config(model)
+    """Undo `attach`, once no weight is packed any more."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if isinstance(quantizer, SparseQuantizer):
+        model._weight_conversions = quantizer.conversions
+        quantizer.remove_quantization_config(model)
 
 
 def _unguarded(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -122,7 +122,8 @@ def find_routes(
     for origin in origins:
         for target in origin.targets:
             wanted.setdefault(target, []).append(origin)
-    seats = {t: _seat(found) for t, found in wanted.items() if keep and seatable(model, t)}
+    packable = seatable(model) if keep else set()
+    seats = {t: _seat(found) for t, found in wanted.items() if t in packable}
     routes = Routes(seats, trace.shapes)
     for origin in origins:
         _lay(routes, trace, origin)
@@ -138,9 +139,9 @@ def _seat(origins: Sequence[Origin]) -> Seat:
     )
     plain = alike and origins[0].pattern is None
     kept = sum(s.kept // len(o.targets) for s, o in zip(specs, origins, strict=False))
-    return Seat(
-        kept, specs[0].pattern if plain else UNSTRUCTURED, specs[0].axis if plain else "rows"
-    )
+    if not plain:
+        return Seat(kept, UNSTRUCTURED, "rows")
+    return Seat(kept, specs[0].pattern, "rows" if specs[0].axis == "rows" else "columns")
 
 
 def _lay(routes: Routes, trace: _Trace, origin: Origin) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -20,8 +21,9 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from llmprune.checkpoint.sparse import BITMAP, NAMES, VALUES, Spec, metadata
 from llmprune.errors import CheckpointError
-from llmprune.kernels.packed import Packed, nonzero_bits, pack, unpack, unpack_bits
+from llmprune.kernels.packed import Packed, pack, unpack, unpack_bits
 from llmprune.runtime.patterns import tightest
+from llmprune.runtime.rows import rearranged
 from llmprune.runtime.seats import packed_weights
 
 if TYPE_CHECKING:
@@ -118,19 +120,24 @@ def _add_converted(
 
     A matrix that lost no weight stays dense: it was dense before it was merged with others.
     """
-    dense = {n: unpack(w) if isinstance(w, Packed) else w for n, w in weights.items()}
-    masks = {
-        n: unpack_bits(w.bitmap, w.shape[-1]) if isinstance(w, Packed) else nonzero_bits(w)
-        for n, w in weights.items()
-    }
-    kept = revert_weight_conversion(model, masks)
-    for key, weight in revert_weight_conversion(model, dense).items():
-        bits = kept[key].contiguous()
-        if bool(bits.all()):
-            files[key] = weight
+    for key, packed in _reverted(model, weights).items():
+        if len(packed.values) == math.prod(packed.shape):
+            files[key] = unpack(packed)
         else:
-            pattern, axis = tightest(bits, ("rows", "columns"))
-            _add(key, pack(weight, bits), pattern, axis, files, specs)
+            bits = unpack_bits(packed.bitmap, packed.shape[-1])
+            _add(key, packed, *tightest(bits, ("rows", "columns")), files, specs)
+
+
+def _reverted(model: PreTrainedModel, weights: Mapping[str, Packed | Tensor]) -> dict[str, Packed]:
+    """The matrices of the files, of parameters of which some are packed."""
+    packed = {n: w if isinstance(w, Packed) else pack(w) for n, w in weights.items()}
+    moved = rearranged(packed, lambda tensors: revert_weight_conversion(model, tensors))
+    if moved is not None:
+        return moved
+    masks = {n: unpack_bits(w.bitmap, w.shape[-1]) for n, w in packed.items()}
+    kept = revert_weight_conversion(model, masks)
+    dense = revert_weight_conversion(model, {n: unpack(w) for n, w in packed.items()})
+    return {key: pack(weight, kept[key].contiguous()) for key, weight in dense.items()}
 
 
 def _add(

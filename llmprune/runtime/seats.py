@@ -1,17 +1,21 @@
-"""Modules that hold packed weights, put into a model in the place of dense ones."""
+"""Which parameters of a model stay packed, and room made for them before they are loaded."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
+from llmprune.checkpoint.census import Axis
 from llmprune.checkpoint.sparse import DTYPES
 from llmprune.errors import CheckpointError
-from llmprune.kernels.packed import Packed
-from llmprune.runtime.experts import PackedModule
+from llmprune.experts import fused
+from llmprune.kernels.packed import Packed, bitmap_shape
+from llmprune.runtime.experts import PackedModule, hold
 from llmprune.runtime.linear import SparseLinear, check_packed
 
 if TYPE_CHECKING:
@@ -30,40 +34,41 @@ class Seat:
 
     kept: int
     pattern: str
-    axis: str
+    axis: Axis
 
 
-def seatable(model: PreTrainedModel, parameter: str) -> bool:
-    """Whether `parameter` can be kept packed: the weight of a linear layer that nothing else shares."""
-    path, _, attribute = parameter.rpartition(".")
+def seatable(model: PreTrainedModel) -> set[str]:
+    """The parameters that can stay packed: of linear layers and fused experts, shared with nothing else."""
     tied = getattr(model, "all_tied_weights_keys", None) or {}
-    if attribute != "weight" or parameter in tied or parameter in tied.values():
-        return False
-    module: Any = model.get_submodule(path)
-    linear = type(module) is nn.Linear or type(module).__name__ == "Conv1D"
-    return linear and module.weight.dtype in DTYPES.values()
+    owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+    found = set()
+    for path, module in model.named_modules():
+        linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+        names = ["weight"] if linear else [name for name, _ in fused(module)]
+        for name in names:
+            parameter = module._parameters.get(name)
+            if parameter is None or parameter.dtype not in DTYPES.values():
+                continue
+            if owners[id(parameter)] == 1:
+                found.add(f"{path}.{name}")
+    return found - tied.keys() - set(tied.values())
 
 
 def take_seats(model: PreTrainedModel, seats: Mapping[str, Seat]) -> None:
-    """Replace the modules of the parameters `seats` names, on the meta device."""
+    """Have a model on the meta device hold the parameters `seats` packed."""
     for parameter, seat in seats.items():
-        path = parameter.rpartition(".")[0]
+        path, _, name = parameter.rpartition(".")
         module: Any = model.get_submodule(path)
+        dense = module._parameters[name]
         conv = type(module).__name__ == "Conv1D"
-        rows, columns = module.weight.shape
-        features, out = (rows, columns) if conv else (columns, rows)
-        layer = SparseLinear(
-            features,
-            out,
-            module.bias is not None,
-            "meta",
-            module.weight.dtype,
-            kept=seat.kept,
-            pattern=seat.pattern,
-            axis=seat.axis,  # type: ignore[arg-type]
-            transposed=conv,
-        )
-        model.set_submodule(path, layer.train(module.training))
+        values = torch.empty(seat.kept, dtype=dense.dtype, device="meta")
+        bitmap = torch.empty(bitmap_shape(dense.shape), dtype=torch.uint8, device="meta")
+        packed = Packed(values, bitmap, tuple(dense.shape))
+        if type(module) is nn.Linear or conv:
+            layer = SparseLinear.from_packed(packed, module.bias, seat.pattern, seat.axis, conv)
+            model.set_submodule(path, layer.train(module.training))
+        else:
+            hold(module, name, packed, seat.pattern, seat.axis)
 
 
 @dataclass(frozen=True)
@@ -78,11 +83,11 @@ class Held:
         axis: `rows` or `columns`.
     """
 
-    values: nn.Parameter
+    values: Tensor
     bitmap: Tensor
     shape: tuple[int, ...]
     pattern: str
-    axis: str
+    axis: Axis
 
     def check(self, name: str) -> None:
         """Refuse values and a bitmap that do not fit each other.
@@ -99,19 +104,16 @@ class Held:
 def packed_weights(model: nn.Module) -> dict[str, Held]:
     """The weights that `model` holds packed, by the names that they would have in a dense one."""
     found = {}
-    for name, module in model.named_modules():
+    for path, module in model.named_modules():
         if isinstance(module, SparseLinear):
-            found[f"{name}.weight"] = Held(
-                module.weight_values,
-                module.weight_bitmap,
-                module.shape,
-                module.pattern,
-                module.axis,
+            packed, pattern, axis = module.packed, module.pattern, module.axis
+            found[f"{path}.weight"] = Held(
+                packed.values, packed.bitmap, packed.shape, pattern, axis
             )
         elif isinstance(module, PackedModule):
-            for attribute, room in module.rooms.items():
-                values = module.get_parameter(f"{attribute}_values")
-                bitmap = module.get_buffer(f"{attribute}_bitmap")
-                held = Held(values, bitmap, room.shape, room.pattern, room.axis)
-                found[f"{name}.{attribute}"] = held
+            for name, room in module.rooms.items():
+                packed = module.packed(name)
+                found[f"{path}.{name}"] = Held(
+                    packed.values, packed.bitmap, packed.shape, room.pattern, room.axis
+                )
     return found

@@ -20,6 +20,7 @@ from llmprune.errors import CheckpointError
 from llmprune.kernels.packed import Packed, nonzero_bits, pack, unpack, unpack_bits
 from llmprune.runtime.linear import check_packed
 from llmprune.runtime.routes import Group, Part, Routes
+from llmprune.runtime.rows import rearranged
 
 
 def transforms(routes: Routes, own: Sequence[Any]) -> list[Any]:
@@ -86,48 +87,69 @@ class _Unpack(ConversionOps):  # type: ignore[misc]
     ) -> dict[str, Tensor]:
         """The parameters of one group by name, in the dtypes that the model holds them in."""
         group = self.routes.groups[full_layer_name]
-        weights, masks = _unpacked(group, input_dict)
-        dense = _converted(group, weights, model)
-        keep = _converted(group, masks, model) if dense.keys() & self.routes.seats.keys() else {}
+        packed, dense = _collected(group, input_dict)
+        found = self._moved(group, packed, dense, model) or self._converted(
+            group, packed, dense, model
+        )
         out: dict[str, Tensor] = {}
-        for target, weight in dense.items():
+        for target, weight in found.items():
             if tuple(weight.shape) != self.routes.shapes[target]:
                 raise CheckpointError(
                     f"{target} comes out as {list(weight.shape)}, its config asks for "
                     f"{list(self.routes.shapes[target])}"
                 )
-            if target not in self.routes.seats:
+            if isinstance(weight, Packed):
+                wanted = model.get_parameter_or_buffer(target + VALUES).dtype
+                out[target + VALUES] = weight.values.to(wanted)
+                out[target + BITMAP] = weight.bitmap
+            else:
                 out[target] = weight.to(model.get_parameter_or_buffer(target).dtype)
-                continue
-            packed = pack(weight, keep[target])
-            wanted = model.get_parameter_or_buffer(target + VALUES).dtype
-            out[target + VALUES] = packed.values.to(wanted)
-            out[target + BITMAP] = packed.bitmap
         return out
 
+    def _moved(
+        self, group: Group, packed: Mapping[str, Packed], dense: Mapping[str, Tensor], model: Any
+    ) -> Mapping[str, Packed | Tensor] | None:
+        """Everything packed all the way; None where that cannot be."""
+        targets = {target for origin in group.origins for target in origin.targets}
+        if group.converter is None or not targets <= self.routes.seats.keys():
+            return None
+        like = next(iter(packed.values())).values
+        given = {name: pack(weight.to(like.dtype)) for name, weight in dense.items()}
+        return rearranged({**packed, **given}, lambda tensors: _convert(group, tensors, model))
 
-def _unpacked(
+    def _converted(
+        self, group: Group, packed: Mapping[str, Packed], dense: Mapping[str, Tensor], model: Any
+    ) -> Mapping[str, Packed | Tensor]:
+        """Expanded, converted, and packed again where it is to be."""
+        expanded = {name: unpack(matrix) for name, matrix in packed.items()}
+        weights = _convert(group, {**expanded, **dense}, model)
+        seats = weights.keys() & self.routes.seats.keys()
+        if not seats:
+            return weights
+        masks = {n: nonzero_bits(weight.contiguous()) for n, weight in dense.items()}
+        for name, matrix in packed.items():
+            masks[name] = unpack_bits(matrix.bitmap, matrix.shape[-1])
+        keep = _convert(group, masks, model)
+        return {n: pack(w, keep[n]) if n in seats else w for n, w in weights.items()}
+
+
+def _collected(
     group: Group, parts: Mapping[str, Sequence[Tensor]]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(weights, kept or not) of every matrix of a group, by its name in the files.
+) -> tuple[dict[str, Packed], dict[str, Tensor]]:
+    """The packed and the dense matrices of a group, by name in the files.
 
     Raises:
         CheckpointError: for values and bitmaps that do not fit each other.
     """
-    packed = [o.name for o in group.origins if o.spec is not None]
-    dense = [o.name for o in group.origins if o.spec is None]
-    values = _named(packed, VALUES, parts.get(Part.VALUES, ()))
-    bitmaps = _named(packed, BITMAP, parts.get(Part.BITMAP, ()))
-    weights = _named(dense, "", parts.get(Part.DENSE, ()))
-    masks = {name: nonzero_bits(weight.contiguous()) for name, weight in weights.items()}
-    for origin in group.origins:
-        if origin.spec is not None:
-            name, shape = origin.name, origin.spec.shape
-            matrix = Packed(values.pop(name), bitmaps.pop(name), shape)
-            check_packed(matrix)
-            weights[name] = unpack(matrix)
-            masks[name] = unpack_bits(matrix.bitmap, shape[-1])
-    return weights, masks
+    specs = {o.name: o.spec for o in group.origins if o.spec is not None}
+    values = _named(list(specs), VALUES, parts.get(Part.VALUES, ()))
+    bitmaps = _named(list(specs), BITMAP, parts.get(Part.BITMAP, ()))
+    rest = [o.name for o in group.origins if o.spec is None]
+    dense = _named(rest, "", parts.get(Part.DENSE, ()))
+    packed = {n: Packed(values[n], bitmaps[n], spec.shape) for n, spec in specs.items()}
+    for matrix in packed.values():
+        check_packed(matrix)
+    return packed, dense
 
 
 def _named(names: Sequence[str], part: str, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -136,7 +158,7 @@ def _named(names: Sequence[str], part: str, tensors: Sequence[Tensor]) -> dict[s
     return dict(zip(ordered, tensors, strict=True))
 
 
-def _converted(group: Group, tensors: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
+def _convert(group: Group, tensors: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
     """What transformers' own operations make of a group's matrices, by parameter."""
     first = group.origins[0].targets[0]
     if group.converter is None:
