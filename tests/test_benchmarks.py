@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import os
@@ -81,8 +82,6 @@ def test_no_figure_for_masks_that_differ(speed: Any) -> None:
 
 def test_the_outputs_of_both_are_the_same(speed: Any) -> None:
     """Both pass on what the pruned block gives: nearly the same, as their masks are."""
-    import argparse
-
     args = argparse.Namespace(device="cpu", dtype="float32", windows=4, seqlen=64)
     bench = speed._bench("tiny", args)
     _, mine = bench.ours("sparsegpt", "2:4")
@@ -121,3 +120,38 @@ def test_no_figure_for_a_matrix_that_differs(root: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(codec, "unpack", lambda packed: -dense)
     with pytest.raises(SystemExit, match="differ"):
         codec._checked(dense, keep)
+
+
+@pytest.mark.slow
+def test_sparse_checkpoints_are_measured_beside_dense_ones(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sparse.json"
+    command = [sys.executable, "benchmarks/sparse.py", "--small", "--threads", "1"]
+    command += ["--folder", str(tmp_path), "--out", str(out)]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    (case,) = found["cases"]
+    assert case["logits"]["difference"] < 0.02
+    sizes, forms = case["matrices_bytes"], case["forms"]
+    assert sizes["sparse"] / sizes["dense"] == 0.5625  # 9 bits of 16
+    assert case["disk_bytes"]["sparse"] < case["disk_bytes"]["dense"]
+    assert list(forms) == ["dense", "sparse", "expanded"]
+    for form in forms.values():
+        assert form["rss_imported"] <= form["rss_loaded"] <= form["rss_peak_loading"]
+        assert min(form[f"{kind}_tokens_s"] for kind in ("prompt", "decode")) > 0
+    assert [row["tokens"] for row in found["products"]] == [1, 8, 1, 8]
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_no_figure_for_logits_that_differ(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights of another model are far from being a matter of rounding."""
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    sparse = importlib.import_module("sparse")
+    monkeypatch.setattr(sparse, "_prune_files", lambda *args: None)
+    monkeypatch.setattr(sparse.subprocess, "run", lambda *args, **kwargs: None)
+    monkeypatch.setattr(sparse, "_child", lambda *args: {"difference": 0.03, "dtype": "bfloat16"})
+    args = argparse.Namespace(
+        folder=None, threads=1, prompt=1, decode=1, tokens=[1], sparsities=[], repeats=1
+    )
+    with pytest.raises(SystemExit, match="logits differ"):
+        sparse._case("any", root, "0.5", args)
