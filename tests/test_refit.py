@@ -363,6 +363,36 @@ def test_an_expert_with_too_few_tokens_goes_without_the_refit_first() -> None:
     assert norms.tokens == 400
     inner, _ = methods.build("magnitude", {"refit": True}).fallback(gram_of(problem(1, 16)[1]))
     assert inner == methods.build("magnitude")
+    for name, settings, least in (
+        ("alps", {}, 64),
+        ("magnitude", {"refit": True}, 64),
+        ("wanda", {"refit": True}, 128),
+        ("sparsegpt", {"refit": True}, 1536),
+    ):
+        assert methods.build(name, settings).needs_tokens(1024) == least
+
+
+@pytest.mark.parametrize("tokens", [64, 128, 256])
+def test_few_tokens_do_not_overfit(tokens: int) -> None:
+    """Far fewer tokens than features, whose spectrum falls as that of hidden states does: on others, too,
+    less is lost than with no data and with no refit.
+    """
+    random = torch.Generator().manual_seed(0)
+    turn = torch.linalg.qr(torch.randn(512, 512, generator=random)).Q
+    inputs = torch.randn(tokens + 1000, 512, generator=random) * torch.logspace(1, -1, 512) @ turn
+    inputs *= torch.logspace(-0.5, 0.5, 512)
+    weight = torch.randn(32, 512, generator=random)
+    seen, others = inputs[:tokens], inputs[tokens:]
+    lost = {
+        case: float(errors(weight, run(name, weight, seen, NM(2, 4), **more).weight, others).sum())
+        for case, name, more in (
+            ("magnitude", "magnitude", {}),
+            ("wanda", "wanda", {}),
+            ("refit", "wanda", {"refit": True}),
+            ("alps", "alps", {}),
+        )
+    }
+    assert max(lost["alps"], lost["refit"]) < 0.9 * min(lost["wanda"], lost["magnitude"])
 
 
 # RIA

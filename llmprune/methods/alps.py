@@ -30,7 +30,16 @@ from torch import Tensor
 
 from llmprune.errors import ConfigError, NumericalError
 from llmprune.methods.base import Method, Pruned, Share, register
-from llmprune.methods.refit import DAMPING, UNIT, Problem, check_damping, chunks, refit, told
+from llmprune.methods.refit import (
+    DAMPING,
+    FEWEST,
+    UNIT,
+    Problem,
+    check_damping,
+    chunks,
+    refit,
+    told,
+)
 from llmprune.pattern import NM, Pattern, Within
 from llmprune.stats import Gram
 
@@ -88,6 +97,10 @@ class ALPS(Method[Gram]):
         check_damping("damping", self.damping)
         if not 1.01 <= self.growth <= 10:
             raise ConfigError(f"growth is a factor from 1.01 to 10, got {self.growth:g}")
+
+    def needs_tokens(self, features: int) -> int:
+        """A number that does not depend on the inputs: damping makes up for those that few tokens show."""
+        return FEWEST
 
     def prune(self, weight: Tensor, stats: Gram, pattern: Pattern) -> Pruned:
         """Choose and refit what stays of `weight` [out, in]."""

@@ -29,6 +29,9 @@ from llmprune.stats import Gram, InputNorms, NoStats, Stats
 
 DAMPING = 0.3
 """On a diagonal of ones, at one token per feature; it falls with their number, as the best one does."""
+FEWEST = 64
+"""Tokens that an expert must have seen. Damping makes up for a Gram matrix of low rank: with so few, ALPS and
+Wanda with a refit lose less of the output on other text than magnitude (benchmarks/results/damping.json)."""
 TOLERANCE = 1e-5  # of a row: its slope on the kept weights, over its slope where all are zero
 MOST = 300  # steps; rows that are not solved by then are counted in the notes
 CHUNK = 2**22  # weights that are solved at a time: float32 matrices of 16 MiB
@@ -166,7 +169,7 @@ class Refitted(Method[Gram]):
 
     def needs_tokens(self, features: int) -> int:
         """What the method and the refit need."""
-        return max(self.inner.needs_tokens(features), 1)
+        return max(self.inner.needs_tokens(features), FEWEST)
 
     def fallback(self, stats: Gram) -> tuple[Method[Any], Stats]:
         """The method without a refit."""
