@@ -9,11 +9,12 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
+import struct
 import sys
 import sysconfig
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,7 @@ class Guard:
         self._written = (_real(scratch), _real(tempfile.gettempdir()) + "/tmp", self._compiled_to)
         self._read = (_real(folder), *self._written, *self._own)
         before, size = len(sys.modules), _size(folder)
+        self._compiled()  # what making the folder has touched is nobody's fault
         soft, hard = resource.getrlimit(resource.RLIMIT_AS)
         resource.setrlimit(resource.RLIMIT_AS, (_mapped() + MARGIN + GROWTH * size, hard))
         self._on = True
@@ -98,13 +100,19 @@ class Guard:
         return [n for n, f in files.items() if f and not _real(f).startswith(self._own)]
 
     def _compiled(self) -> list[str]:
-        """What inotify has seen."""
-        try:
+        """The files that inotify has seen touched.
+
+        The folder itself does not count: whoever looks through the machine's folders opens it.
+        """
+        found, at = [], 0
+        with suppress(BlockingIOError):
             events = os.read(self._notify, 1 << 16)
-        except BlockingIOError:
-            return []
-        name = events[16:].split(b"\x00", 1)[0]
-        return [f"touches {self.forbidden.name}/{name.decode(errors='replace')}"]
+            while at < len(events):
+                *_, length = struct.unpack_from("iIII", events, at)
+                name = events[at + 16 : at + 16 + length].rstrip(b"\x00").decode(errors="replace")
+                found += [f"touches {self.forbidden.name}/{name}"] if name else []
+                at += 16 + length
+        return found
 
     def _hook(self, event: str, args: tuple[Any, ...]) -> None:
         if not self._on:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from hostile import INDEX
 
+import llmprune
 from llmprune import loading
 from llmprune.checkpoint import convert, files, sparse, tensors
 from llmprune.checkpoint.inspect import inspect
@@ -98,6 +99,16 @@ def converted(folder: Path, scratch: Path) -> object:
     return {key: tensors.load(stored) for key, stored in tensors.index(files.find(target)).items()}
 
 
+def packed_model(folder: Path, scratch: Path) -> object:
+    """`llmprune.load`."""
+    return llmprune.load(folder, "cpu", progress=False)
+
+
+def expanded_model(folder: Path, scratch: Path) -> object:
+    """`llmprune.load` of a dense model."""
+    return llmprune.load(folder, "cpu", sparse=False, progress=False)
+
+
 READERS: dict[str, Reader] = {
     "files": listing,
     "tensors": values,
@@ -110,5 +121,7 @@ SLOW: dict[str, Reader] = {  # those that build a model, and what the others hav
     "convert": converted,
     "config": config,
     "model": model,
+    "load": packed_model,
+    "load dense": expanded_model,
     "shelf": shelf,
 }

@@ -471,6 +471,7 @@ def more_files(draft: Draft, choices: Choices) -> None:
         content = next(iter(draft.sheets.values())).bytes() if draft.sheets else b""
 
     def change(folder: Path) -> None:
+        (folder / name).unlink(missing_ok=True)  # it may be a link by now
         (folder / name).write_bytes(content)
         _evil(folder)
 

@@ -14,14 +14,13 @@ from typing import Any
 
 import fuzz
 import pytest
-import torch
 from hostile import INDEX, finish, link, valid
+from readers import config, expanded_model, model, packed_model, shelf
 
 from llmprune import loading
 from llmprune.checkpoint import files, sparse, tensors
 from llmprune.checkpoint.convert import convert
 from llmprune.checkpoint.inspect import inspect
-from llmprune.checkpoint.skeleton import open_shelf
 from llmprune.errors import CheckpointError, LLMPruneError, short
 
 T = "model.layers.0.mlp.up_proj.weight"
@@ -417,7 +416,8 @@ def test_an_adapter_beside_the_model_is_refused(folder: Path) -> None:
         {"architectures": [None]}, {"architectures": {"a": 1}}, {"architectures": "x"}, {"model_type": []},
         {"model_type": "\x1b[2J" * 10**5}, {"dtype": "load"}, {"dtype": "nothing"}, {"rope_parameters": 1},
         {"hidden_act": "os.system"}, {"vocab_size": 10**30}, {"quantization_config": ["llmprune"]},
-        {"auto_map": 7, "model_type": "evil"}, {"transformers_weights": "../outside/model.safetensors"},
+        {"auto_map": 7, "model_type": "evil"}, {"transformers_weights": "../outside/x.safetensors"},
+        {"dtype": True},
         {"transformers_weights": "model.bin"}, {"num_hidden_layers": 10**9}, {"intermediate_size": 10**9},
         {"model_type": "gpt2", "n_embd": 10**5, "n_head": 1, "n_layer": 8},
         {"auto_map": {"AutoConfig": "evil.Evil"}, "model_type": "evil"},
@@ -427,16 +427,15 @@ def test_an_adapter_beside_the_model_is_refused(folder: Path) -> None:
 def test_a_config_of_wrong_types_is_one_line(folder: Path, changes: dict[str, Any]) -> None:
     (folder / "evil.py").write_text("raise SystemExit('it ran')")
     changed(folder, "config.json", **changes)
-    said = ""
-    try:
-        source = loading.check(str(folder))
-        open_shelf(source, dtype=None, device=torch.device("cpu"))
-        loading.open_model(source, device="cpu")
-    except LLMPruneError as error:
-        said = str(error)
-    assert said or changes.keys() & {"dtype", "rope_parameters"}
-    assert len(said) < 500
-    assert said.isprintable()
+    for read in (config, shelf, model, packed_model, expanded_model):
+        said = ""
+        try:
+            read(folder, folder.parent)
+        except LLMPruneError as error:
+            said = str(error)
+        assert said or read is config or changes.keys() & {"dtype", "rope_parameters"}
+        assert len(said) < 500
+        assert said.isprintable()
 
 
 @pytest.mark.parametrize(

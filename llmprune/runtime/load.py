@@ -88,10 +88,11 @@ def _assembled(source: Source, *rest: Any) -> PreTrainedModel:
     """`assemble`, with what transformers says in one line, and nothing missing."""
     try:
         loaded, info = assemble(source, *rest)
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        if isinstance(error, LLMPruneError):
-            raise
-        raise ModelError(f"{source.name} could not be loaded: {short(error, 240)}") from error
+    except LLMPruneError:
+        raise
+    except Exception as error:  # what does not fit the config fails anywhere inside of transformers
+        line = f"{type(error).__name__}, {short(error, 240)}"
+        raise ModelError(f"{source.name} could not be loaded: {line}") from error
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
             f"{source.name} lacks {len(missing)} of the weights its config asks for, such as "
