@@ -1,53 +1,67 @@
-"""The kernels for packed matrices in order of preference, and which one runs."""
+"""The kernels for packed matrices in order of preference: which one holds a layer, and why."""
 
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import dataclass
-from typing import Protocol
 
+from llmprune.kernels.cusparselt import CuSparseLt
+from llmprune.kernels.dense import Dense
 from llmprune.kernels.expand import Expand
-from llmprune.kernels.interface import Case, Kernel
+from llmprune.kernels.held import S24_MMA, gemv
+from llmprune.kernels.interface import Case, Kernel, Sparse
+from llmprune.kernels.words import Words
+
+SETTING = "LLMPRUNE_KERNEL"  # environment variable: as `prefer`
+NAMES = ("cusparselt", "s24_mma", "nm_gemv", "dense", "expand")
+
+
+def _slower(case: Case) -> bool:
+    """Whether a kernel that could hold the layer was measured slower than the dense product."""
+    fit = (kernel for kernel in _for_groups(case) if kernel.unfit(case) is None)
+    return any(kernel.slow(case) is not None for kernel in fit)
+
 
 EXPAND: Kernel = Expand()
-KERNELS: list[Kernel] = [EXPAND]
-"""The preferred first; `expand`, which takes everything, is last."""
+DENSE: Kernel = Dense(_slower)
+KERNELS: list[Kernel] = [CuSparseLt(), S24_MMA, DENSE, EXPAND]
+"""The preferred first; `expand`, which takes everything, is last. `nm_gemv` of each n:m is before `dense`."""
 
-
-class Sparse(Protocol):
-    """A layer on packed weights."""
-
-    def case(self, tokens: int) -> Case:
-        """What a kernel would be asked to do for inputs of so many tokens."""
+_preferred: str | None = None
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which kernel runs, and why.
+    """Which kernel a layer is held in, and why.
 
     Attributes:
-        kernel: name of the one that runs.
-        about: how it does it.
+        kernel: its name.
+        about: how it multiplies.
+        route: what it does for this number of tokens.
         case: what it is asked to do.
-        refused: the kernels that are preferred to it, and why each does not run.
+        refused: the kernels that are preferred to it, and why the layer is not held in each.
     """
 
     kernel: str
     about: str
+    route: str
     case: Case
     refused: dict[str, str]
 
     def __str__(self) -> str:
-        """A line on what runs, and one on each kernel that does not."""
+        """A line on the kernel, one on these tokens, and one on each kernel that it is not."""
         case = self.case
         dtype = str(case.dtype).removeprefix("torch.")
         tokens = "1 token" if case.tokens == 1 else f"{case.tokens} tokens"
         shape = " x ".join(map(str, case.shape))
-        runs = f"{self.kernel}: {self.about} ({shape} {case.pattern}, {case.device}, {dtype}, {tokens})"
-        return "\n".join([runs, *(f"not {name}: {why}" for name, why in self.refused.items())])
+        held = f"{self.kernel}: {self.about} ({shape} {case.pattern}, {case.device}, {dtype})"
+        nots = (f"not {name}: {why}" for name, why in self.refused.items())
+        return "\n".join([held, f"{tokens}: {self.route}", *nots])
 
 
 def find(name: str) -> Kernel:
-    """The kernel called `name`.
+    """The kernel called `name`: "s24_mma", "nm_gemv 4:8".
 
     Raises:
         ValueError: when there is none.
@@ -55,16 +69,76 @@ def find(name: str) -> Kernel:
     for kernel in KERNELS:
         if kernel.name == name:
             return kernel
-    raise ValueError(f"no kernel {name!r}; known: {', '.join(k.name for k in KERNELS)}")
+    if found := re.fullmatch(r"nm_gemv (\d{1,2}):(\d{1,2})", name):
+        return gemv(int(found[1]), int(found[2]))
+    known = [kernel.name for kernel in KERNELS]
+    raise ValueError(f"no kernel {name!r}; known: {', '.join([*known, 'nm_gemv n:m'])}")
+
+
+def prefer(kernel: str | None) -> None:
+    """Hold layers that are laid out from now on in `kernel`, wherever it can hold them at all.
+
+    Even where it was measured to be slow. "cusparselt" is used only so, "expand" takes the least memory.
+    The environment variable LLMPRUNE_KERNEL does the same.
+
+    Args:
+        kernel: one of `NAMES`; None leaves the choice to what was measured.
+
+    Raises:
+        ValueError: for another name.
+    """
+    global _preferred
+    _preferred = None if kernel is None else _known(kernel, "prefer")
+
+
+def preferred() -> str | None:
+    """What `prefer` was told last, else the environment variable LLMPRUNE_KERNEL, or None."""
+    return _preferred or (_known(os.environ[SETTING], SETTING) if os.environ.get(SETTING) else None)
+
+
+def _known(name: str, where: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"{where} got {name!r}, which is no kernel; known: {', '.join(NAMES)}")
+    return name
+
+
+def offered(case: Case) -> list[Kernel]:
+    """The kernels that come into question, the preferred first."""
+    kernels = list(KERNELS)
+    if case.nm is not None:
+        kernels.insert(kernels.index(DENSE), gemv(*case.nm))
+    first = preferred()
+    return sorted(kernels, key=lambda kernel: kernel.name.split()[0] != first)
+
+
+def _for_groups(case: Case) -> list[Words]:
+    """Those of the kernels for n:m that a table of measurements knows."""
+    return [kernel for kernel in offered(case) if isinstance(kernel, Words)]
+
+
+def refusal(kernel: Kernel, case: Case) -> str | None:
+    """Why `kernel` does not hold a layer; one that was asked for refuses only what it cannot do."""
+    return (kernel.unfit if kernel.name.split()[0] == preferred() else kernel.refuses)(case)
 
 
 def choose(case: Case) -> Kernel:
-    """The first kernel that does not refuse."""
-    return next(kernel for kernel in KERNELS if kernel.refuses(case) is None)
+    """The kernel in whose layout a layer is to be held: the first that does not refuse.
+
+    On a GPU that has not run a kernel in this process it is tried; see docs/kernels.md.
+    """
+    return next(kernel for kernel in offered(case) if refusal(kernel, case) is None)
+
+
+def turns(kernel: Kernel, case: Case) -> bool:
+    """Whether `kernel` is given the transpose of what is stored, and is called with `transposed` False.
+
+    Kernels for n:m want [out, in]; Conv1D stores [in, out]. `expand` takes what is stored.
+    """
+    return case.transposed and case.along_inputs and kernel is not EXPAND
 
 
 def explain(layer: Sparse, tokens: int) -> Explanation:
-    """Which kernel a layer's forward runs for inputs of `tokens` tokens, on its device and dtype.
+    """Which kernel holds a layer, and what it does for inputs of `tokens` tokens.
 
     Args:
         layer: an `llmprune.SparseLinear`, or a matrix of packed experts.
@@ -78,9 +152,12 @@ def explain(layer: Sparse, tokens: int) -> Explanation:
     if tokens < 0:
         raise ValueError(f"tokens are {tokens}; give zero or more")
     case = layer.case(tokens)
+    held: str | None = getattr(layer, "kernel", None)
+    kernel = choose(case) if held is None else find(held)
     refused = dict[str, str]()
-    for kernel in KERNELS:
-        if (why := kernel.refuses(case)) is None:
-            return Explanation(kernel.name, kernel.about, case, refused)
-        refused[kernel.name] = why
-    raise AssertionError("expand takes everything")
+    for other in offered(case):
+        if other is kernel:
+            break
+        why = refusal(other, case)
+        refused[other.name] = why or "the layer was laid out before that was known or asked for"
+    return Explanation(kernel.name, kernel.about, kernel.route(case), case, refused)

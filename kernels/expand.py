@@ -13,6 +13,7 @@ from torch import Tensor
 
 from llmprune.kernels.interface import Case
 from llmprune.kernels.packed import Packed, row_starts, select, unpack_rows
+from llmprune.kernels.product import times
 
 # Weights expanded at a time on a CPU: 1 MiB of bfloat16, what a core's L2 cache holds. The products
 # alone, dense [4096, 4096] bfloat16 cut into tiles, one core of an EPYC: 16 times less took twice as
@@ -26,9 +27,19 @@ class Expand:
     name = "expand"
     about = "expands the weights into a buffer, a tile at a time on a CPU, and multiplies"
 
+    def unfit(self, case: Case) -> str | None:
+        """Takes everything."""
+        return None
+
     def refuses(self, case: Case) -> str | None:
         """Takes everything."""
         return None
+
+    def route(self, case: Case) -> str:
+        """See `Kernel.route`."""
+        if case.device.type == "cpu":
+            return "expanded a tile at a time"
+        return "expanded into scratch memory, then multiplied"
 
     def prepare(self, packed: Packed) -> list[Tensor]:
         """No copy: [values, bitmap]."""
@@ -38,6 +49,10 @@ class Expand:
         """No copy either."""
         values, bitmap = layout
         return Packed(values, bitmap, tuple(shape))
+
+    def expanded(self, layout: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+        """See `Kernel.expanded`."""
+        return dense(self.packed(layout, shape))
 
     def matmul(
         self,
@@ -49,7 +64,14 @@ class Expand:
     ) -> Tensor:
         """See `Kernel.matmul`."""
         packed = self.packed(layout, shape)
+        if x.device.type != "cpu":
+            return times(x, lambda: dense(packed), bias, shape, transposed)
         return _from_rows(x, packed, bias) if transposed else _to_rows(x, packed, bias)
+
+
+def dense(packed: Packed) -> Tensor:
+    """The whole matrix, bit for bit. On a GPU the host waits for nothing."""
+    return unpack_rows(packed, 0, packed.shape[0], 0)
 
 
 def _to_rows(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:

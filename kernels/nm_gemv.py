@@ -17,135 +17,18 @@ dispatches to it yet.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from .packed import Packed, pack, unpack
-from .slots import from_slots, row_blocks, slots
+from . import gpu
+from .gemv_layout import GemvLayout, dense_gemv, pack_gemv
+from .packed import pack
 
 TOKENS = 8  # at most
-LANES = 32
 _WARPS = 8  # of a program; a guess, not measured
 _PROGRAMS = 264  # a split aims at two programs on each of an H200's 132 processors; not measured
-_FEWEST = 16  # values of a row in a chunk, at least: what one turn of the loop has to read
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """What a lane reads in one turn: whole groups of a row that fill whole words."""
-
-    n: int
-    m: int
-
-    @property
-    def bits(self) -> int:
-        """Of a place in its group."""
-        return 2 if self.m <= 4 else 4
-
-    @property
-    def values(self) -> int:
-        """Kept values of a row: whole groups, and whole words of places."""
-        least = math.lcm(self.n, 32 // self.bits)
-        return least * -(-_FEWEST // least)
-
-    @property
-    def columns(self) -> int:
-        """Weights of a row."""
-        return self.values // self.n * self.m
-
-    @property
-    def meta(self) -> int:
-        """Words of places; those of values follow, two in each."""
-        return self.values * self.bits // 32
-
-    @property
-    def words(self) -> int:
-        """Of 32 bits, of a row."""
-        return self.meta + self.values // 2
-
-
-@dataclass(frozen=True)
-class GemvLayout:
-    """A matrix as `nm_gemv` reads it.
-
-    Attributes:
-        words: int32 [ceil(rows / 32), chunks, words of a chunk, 32], a lane's row last; rows and columns
-            that no matrix has are zero.
-        shape: (rows, columns) of the dense matrix.
-        dtype: bfloat16 or float16.
-        chunk: the n:m and what follows from it.
-    """
-
-    words: Tensor
-    shape: tuple[int, int]
-    dtype: torch.dtype
-    chunk: Chunk
-
-    @property
-    def bytes(self) -> int:
-        """What it takes."""
-        return self.words.nbytes
-
-
-def pack_gemv(packed: Packed, n: int, m: int) -> GemvLayout:
-    """The layout of a matrix that keeps at most n of every m neighbours in a row; on its own device.
-
-    Raises:
-        ValueError: for another dtype than bfloat16 and float16, an m other than 2, 4, 8 or 16, an n:m that
-            takes no less than the dense matrix, more than two dimensions, or a matrix that is not n:m.
-    """
-    _check(packed, n, m)
-    rows, columns = packed.shape
-    chunk = Chunk(n, m)
-    chunks = -(-columns // chunk.columns)
-    dense = unpack(packed)
-    words = torch.zeros(
-        (-(-rows // LANES), chunks, chunk.words, LANES), dtype=torch.int32, device=dense.device
-    )
-    blocks = row_blocks(rows, columns, LANES)
-    for row in blocks:
-        values, places = slots(dense[row : row + blocks.step], n, m)
-        into = words[row // LANES : (row + blocks.step) // LANES]
-        _fill(into, values, places, chunk)
-    return GemvLayout(words, (rows, columns), dense.dtype, chunk)
-
-
-def _fill(words: Tensor, values: Tensor, places: Tensor, chunk: Chunk) -> None:
-    """Write the slots [rows, groups, n] of whole row blocks into their `words`."""
-    blocks, chunks = words.shape[:2]
-    rows, groups, n = values.shape
-    pad = (0, 0, 0, chunks * (chunk.values // n) - groups, 0, blocks * LANES - rows)
-    values = torch.nn.functional.pad(values, pad).reshape(blocks, LANES, chunks, chunk.values)
-    places = torch.nn.functional.pad(places, pad).reshape(blocks, LANES, chunks, chunk.meta, -1)
-    words[:, :, chunk.meta :] = values.view(torch.int32).permute(0, 2, 3, 1)
-    meta = torch.zeros_like(places[..., 0], dtype=torch.int32)
-    for i in range(32 // chunk.bits):
-        meta |= places[..., i].to(torch.int32) << (chunk.bits * i)
-    words[:, :, : chunk.meta] = meta.permute(0, 2, 3, 1)
-
-
-def unpack_gemv(layout: GemvLayout) -> Packed:
-    """The inverse of `pack_gemv`, bit for bit but for zeros as `slots` says; keeps what is not +0.0."""
-    rows, columns = layout.shape
-    chunk = layout.chunk
-    dense = torch.empty(layout.shape, dtype=layout.dtype, device=layout.words.device)
-    blocks = row_blocks(rows, columns, LANES)
-    for row in blocks:
-        words = layout.words[row // LANES : (row + blocks.step) // LANES].permute(0, 3, 1, 2)
-        lanes = words.shape[0] * LANES
-        values = words[..., chunk.meta :].contiguous().view(layout.dtype)
-        shifts = torch.arange(0, 32, chunk.bits, dtype=torch.int32, device=words.device)
-        places = (words[..., : chunk.meta, None] >> shifts) & ((1 << chunk.bits) - 1)
-        shape = (lanes, -1, chunk.n)
-        groups = columns // chunk.m
-        whole = from_slots(
-            values.reshape(shape)[:, :groups], places.reshape(shape)[:, :groups], chunk.m
-        )
-        dense[row : row + blocks.step] = whole[: rows - row]
-    return pack(dense)
 
 
 def nm_gemv(
@@ -209,9 +92,46 @@ def nm_gemv(
 def nm_gemv_reference(x: Tensor, layout: GemvLayout, bias: Tensor | None = None) -> Tensor:
     """What `nm_gemv` equals, in plain torch: the dense product in float32."""
     _check_call(x, layout, bias)
-    weight = unpack(unpack_gemv(layout)).float()
+    weight = dense_gemv(layout).float()
     shift = None if bias is None else bias.float()
     return torch.nn.functional.linear(x.float(), weight, shift).to(x.dtype)
+
+
+@cache
+def unavailable(device: torch.device, n: int, m: int) -> str | None:
+    """Why `nm_gemv` must not be used for n:m on `device`, in a few words, or None.
+
+    Compiles the kernel and compares it with its reference, once for each device of a process.
+    """
+    if (why := gpu.missing(device)) is not None:
+        return why
+    from triton import TritonError
+
+    try:
+        wrong = _wrong(device, n, m)
+    except (RuntimeError, TritonError) as error:
+        return f"does not run on this GPU: {str(error).strip().splitlines()[-1][:200]}"
+    return f"gives wrong results on this GPU: {wrong}" if wrong else None
+
+
+def _wrong(device: torch.device, n: int, m: int) -> str | None:
+    """The first of a few small products that is not that of the reference."""
+    random = torch.Generator().manual_seed(0)
+    for dtype in (torch.bfloat16, torch.float16):
+        for tokens, rows, groups, split in ((1, 32, 64, 1), (7, 40, 33, 2)):
+            dense = torch.randn(rows, groups, m, generator=random)
+            least = dense.abs().topk(m - n, dim=-1, largest=False).indices
+            dense = dense.scatter(-1, least, 0).flatten(1).to(dtype)
+            layout = pack_gemv(pack(dense.to(device)), n, m)
+            x = torch.randn(tokens, groups * m, generator=random).to(device, dtype)
+            bias = torch.randn(rows, generator=random).to(device, dtype)
+            y = nm_gemv(x, layout, bias, warps=2, split=split).float()
+            expected = nm_gemv_reference(x, layout, bias).float()
+            # Two roundings of the result, and a float32 sum in another order.
+            allowed = expected.abs() * 2 * torch.finfo(dtype).eps + 1e-3 * expected.abs().max()
+            if not bool(((y - expected).abs() <= allowed).all()):
+                return f"{tokens} tokens of {n}:{m} {list(dense.shape)} {dtype}"
+    return None
 
 
 def on_device_of(x: Tensor) -> torch.cuda.device:
@@ -265,19 +185,6 @@ def _split(blocks: int, turns: int) -> int:
     """Programs for each 32 rows: enough to fill a GPU, but two turns of the loop for each at least."""
     wanted = max(1, min(_PROGRAMS // blocks, turns // 2, 16))
     return 1 << (wanted.bit_length() - 1)
-
-
-def _check(packed: Packed, n: int, m: int) -> None:
-    if m not in (2, 4, 8, 16) or not 0 < n < m:
-        raise ValueError(f"nm_gemv takes m of 2, 4, 8 or 16 and 0 < n < m, got {n}:{m}")
-    if (16 + Chunk(n, m).bits) * n >= 16 * m:
-        raise ValueError(
-            f"with the places of its values, {n}:{m} takes no less than the dense matrix"
-        )
-    if len(packed.shape) != 2:
-        raise ValueError(f"nm_gemv takes one matrix, got shape {list(packed.shape)}")
-    if packed.values.dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(f"nm_gemv takes bfloat16 or float16, got {packed.values.dtype}")
 
 
 def _check_call(x: Tensor, layout: GemvLayout, bias: Tensor | None) -> None:

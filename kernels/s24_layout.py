@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .packed import Packed, pack, unpack
+from .packed import Packed, pack, unpack, unpack_bits
 from .slots import from_slots, row_blocks, slots
 
 ROWS, COLUMNS = 16, 256  # of a chunk
@@ -78,6 +78,11 @@ def pack_gate_up(gate: Packed, up: Packed) -> S24Layout:
 
 def unpack_s24(layout: S24Layout) -> list[Packed]:
     """The inverse: one matrix, or gate and up; bit for bit but for zeros as `slots` says."""
+    return [pack(matrix) for matrix in dense_s24(layout)]
+
+
+def dense_s24(layout: S24Layout, ones: bool = False) -> list[Tensor]:
+    """The dense matrices, in plain torch; `ones`: a 1 in each slot instead of its value."""
     rows, columns = layout.shape
     matrices = 2 if layout.gated else 1
     dense = [layout.words.new_empty(layout.shape, dtype=layout.dtype) for _ in range(matrices)]
@@ -86,10 +91,11 @@ def unpack_s24(layout: S24Layout) -> list[Packed]:
         blocks = row_blocks(rows, columns, ROWS)
         for row in blocks:
             values, places = _read(tiles[row // ROWS : (row + blocks.step) // ROWS], layout.dtype)
+            values = torch.ones_like(values) if ones else values
             groups = columns // 4
             whole = from_slots(values[:, :groups], places[:, :groups], 4)
             matrix[row : row + blocks.step] = whole[: rows - row]
-    return [pack(matrix) for matrix in dense]
+    return dense
 
 
 def _pack(matrices: list[Packed], even: int) -> S24Layout:
@@ -114,7 +120,8 @@ def _pack(matrices: list[Packed], even: int) -> S24Layout:
         )
         blocks = row_blocks(rows, columns, ROWS)
         for row in blocks:
-            values, places = slots(dense[row : row + blocks.step], 2, 4)
+            keep = unpack_bits(packed.bitmap[row : row + blocks.step], columns)
+            values, places = slots(dense[row : row + blocks.step], 2, 4, keep)
             _write(into[row // ROWS : (row + blocks.step) // ROWS], values, places)
     return S24Layout(words, (rows, columns), matrices[0].values.dtype, len(matrices) == 2)
 

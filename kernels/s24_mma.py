@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from .nm_gemv import add_parts, on_device_of
-from .packed import pack, unpack
-from .s24_layout import COLUMNS, TILES, S24Layout, pack_gate_up, pack_s24, unpack_s24
+from .packed import pack
+from .s24_layout import COLUMNS, TILES, S24Layout, dense_s24, pack_gate_up, pack_s24
 
 TOKENS = 64  # at most
 _WARPS = 8  # of a program; a guess, not measured
@@ -96,7 +96,7 @@ def s24_mma(
 def s24_mma_reference(x: Tensor, layout: S24Layout, bias: Tensor | None = None) -> Tensor:
     """What `s24_mma` equals, in plain torch: the dense product in float32."""
     _check_call(x, layout, bias)
-    weight = torch.cat([unpack(matrix) for matrix in unpack_s24(layout)]).float()
+    weight = torch.cat(dense_s24(layout)).float()
     y = torch.nn.functional.linear(x.float(), weight, None if bias is None else bias.float())
     if layout.gated:
         gate, up = y.chunk(2, dim=1)

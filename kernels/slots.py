@@ -3,7 +3,7 @@
 A kernel wants the same number of values from every group. A group that keeps fewer than n is filled up
 with its first free places, whose weight is +0.0: the places of a group are distinct and increase.
 
-Minus zero counts as kept, as in `packed`, and comes back bit for bit. Only where a group would then keep more
+A zero that a bitmap keeps is kept, and comes back bit for bit. Only where a group would then keep more
 than n do its zeros of either sign give way, and come back as +0.0: multiplying a weight by a mask leaves
 such zeros, and no product changes with them.
 
@@ -24,6 +24,7 @@ def slots(
     dense: Tensor,  # [rows, columns] bfloat16 or float16
     n: int,
     m: int,
+    keep: Tensor | None = None,  # bool as dense; None is all that is not +0.0
 ) -> tuple[Tensor, Tensor]:
     """Values [rows, columns / m, n] and their places in the group, uint8, increasing.
 
@@ -34,7 +35,7 @@ def slots(
     if columns % m:
         raise ValueError(f"{n}:{m} needs rows of a multiple of {m} weights, got {columns}")
     groups = dense.reshape(rows, columns // m, m)
-    keep = nonzero_bits(groups)
+    keep = nonzero_bits(groups) if keep is None else keep.reshape(groups.shape)
     full = keep.sum(-1, keepdim=True, dtype=torch.uint8) > n
     if bool(full.any()):
         keep = torch.where(full, groups != 0, keep)

@@ -48,6 +48,9 @@ def sparse_linear(
     kind = x.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
+        if kernel != EXPAND.name and layout[0].dtype != dtype:  # words of a dtype cannot be cast
+            dense = expanded_layout(layout, kernel, shape)
+            return torch.nn.functional.linear(x, dense.T if transposed else dense, bias)
         x, bias = _cast(x, dtype), None if bias is None else _cast(bias, dtype)
         layout = [_cast(part, dtype) for part in layout]
     out: Tensor = torch.ops.llmprune.sparse_linear(x, layout, bias, kernel, shape, transposed)
@@ -65,6 +68,18 @@ def sparse_linear_reference(
 def expanded(values: Tensor, bitmap: Tensor, shape: Sequence[int]) -> Tensor:
     """The dense tensor [..., rows, columns], through which the values get their gradient."""
     dense: Tensor = torch.ops.llmprune.sparse_expand(values, bitmap, shape)
+    return dense
+
+
+def expanded_layout(layout: Sequence[Tensor], kernel: str, shape: Sequence[int]) -> Tensor:
+    """The dense matrix of any kernel's layout, in new memory; it passes no gradient on.
+
+    Args:
+        layout: what `Kernel.prepare` gave.
+        kernel: name of the kernel.
+        shape: (rows, columns) of the matrix that was given to `prepare`.
+    """
+    dense: Tensor = torch.ops.llmprune.sparse_expand_layout(layout, kernel, shape)
     return dense
 
 
@@ -181,6 +196,16 @@ def _expand(values: Tensor, bitmap: Tensor, shape: Sequence[int]) -> Tensor:
 @_expand.register_fake
 def _(values: Tensor, bitmap: Tensor, shape: Sequence[int]) -> Tensor:
     return values.new_empty(shape)
+
+
+@torch.library.custom_op("llmprune::sparse_expand_layout", mutates_args=())
+def _expand_layout(layout: Sequence[Tensor], kernel: str, shape: Sequence[int]) -> Tensor:
+    return find(kernel).expanded(layout, shape)
+
+
+@_expand_layout.register_fake
+def _(layout: Sequence[Tensor], kernel: str, shape: Sequence[int]) -> Tensor:
+    return layout[0].new_empty(shape)
 
 
 @torch.library.custom_op("llmprune::sparse_gather", mutates_args=())

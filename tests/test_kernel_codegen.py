@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from codegen import ARCHITECTURES, Found, Job, can_compile, found, longest_loop
 
-from llmprune.kernels.nm_gemv import Chunk
+from llmprune.kernels.gemv_layout import Chunk
 from llmprune.kernels.s24_layout import COLUMNS, ROWS, TILES
 
 pytest.importorskip("triton", reason="triton is not installed on this platform")

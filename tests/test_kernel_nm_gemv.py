@@ -20,14 +20,8 @@ from kernel_harness import (
 from torch import Tensor
 
 from llmprune.kernels import slots as slots_module
-from llmprune.kernels.nm_gemv import (
-    GemvLayout,
-    add_parts,
-    nm_gemv,
-    nm_gemv_reference,
-    pack_gemv,
-    unpack_gemv,
-)
+from llmprune.kernels.gemv_layout import GemvLayout, pack_gemv, unpack_gemv
+from llmprune.kernels.nm_gemv import add_parts, nm_gemv, nm_gemv_reference
 from llmprune.kernels.packed import pack, unpack
 
 Unwritten = Callable[[Tensor], int]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -314,15 +315,18 @@ def test_no_dense_copy_is_alive(transposed, monkeypatch):
 
 
 class Dense:
-    """A kernel of another layout: the dense matrix; from 4 tokens on."""
+    """A kernel of another layout: the dense matrix, of 4 rows and more."""
 
-    name = "dense"
+    name = "whole"
     about = "multiplies the dense matrix"
 
     def refuses(self, case: Case) -> str | None:
         if case.trains:
             return "the values are trained"
-        return None if case.tokens >= 4 else f"needs 4 tokens, not {case.tokens}"
+        return None if min(case.shape) >= 4 else f"needs 4 rows, not {case.shape[0]}"
+
+    def route(self, case: Case) -> str:
+        return "at once" if case.tokens < 8 else "in parts"
 
     def prepare(self, packed: Packed) -> list[Tensor]:
         return [unpack(packed)]
@@ -334,9 +338,9 @@ class Dense:
         return F.linear(x, layout[0].T if transposed else layout[0], bias)
 
 
-def case(tokens: int, trains: bool = False) -> Case:
+def case(tokens: int, trains: bool = False, rows: int = 9) -> Case:
     device = torch.device("cpu")
-    return Case((9, 13), 60, torch.float32, device, "2:4", "rows", False, tokens, trains)
+    return Case((rows, 13), 60, torch.float32, device, "2:4", "rows", False, tokens, trains)
 
 
 def test_a_kernel_plugs_in_with_a_layout_of_its_own(monkeypatch):
@@ -344,7 +348,7 @@ def test_a_kernel_plugs_in_with_a_layout_of_its_own(monkeypatch):
     dense = matrix(9, 13)
     packed = pack(dense)
     kernel = choice.choose(case(4))
-    assert kernel.name == "dense"
+    assert kernel.name == "whole"
     layout = kernel.prepare(packed)
     x = inputs(4, 13).requires_grad_()
     out = sparse_linear(x, layout, None, kernel.name, packed.shape, False)
@@ -354,7 +358,8 @@ def test_a_kernel_plugs_in_with_a_layout_of_its_own(monkeypatch):
     back = kernel.packed(layout, packed.shape)
     assert torch.equal(back.values, packed.values)
     assert torch.equal(back.bitmap, packed.bitmap)
-    assert choice.choose(case(3)).name == choice.choose(case(9, trains=True)).name == "expand"
+    assert choice.choose(case(4, rows=3)).name == "expand"
+    assert choice.choose(case(4, trains=True)).name == "expand"
 
 
 def test_explain_says_what_runs_and_why_not_the_others(monkeypatch):
@@ -364,17 +369,26 @@ def test_explain_says_what_runs_and_why_not_the_others(monkeypatch):
     assert llmprune.kernels.explain is explain is choice.explain
 
     class Layer:
-        case = staticmethod(case)
+        def __init__(self, kernel=None, rows=9):
+            self.case = partial(case, rows=rows)
+            if kernel is not None:
+                self.kernel = kernel
 
     alone = explain(Layer(), 1)
-    assert (alone.kernel, alone.refused) == ("expand", {})
-    assert str(alone).startswith("expand: ")
-    assert "9 x 13 2:4, cpu, float32, 1 token" in str(alone)
+    assert alone.kernel == "expand"
+    assert list(alone.refused) == ["cusparselt", "s24_mma", "nm_gemv 2:4", "dense"]
+    assert alone.refused["s24_mma"] == alone.refused["nm_gemv 2:4"] == "needs an NVIDIA GPU"
+    held, tokens, *nots = str(alone).splitlines()
+    assert held.startswith("expand: ")
+    assert "(9 x 13 2:4, cpu, float32)" in held
+    assert tokens == "1 token: expanded a tile at a time"
+    assert nots[1] == "not s24_mma: needs an NVIDIA GPU"
     monkeypatch.setattr(choice, "KERNELS", [Dense(), *choice.KERNELS])
-    few, many = explain(Layer(), 3), explain(Layer(), 64)
-    assert (few.kernel, few.refused) == ("expand", {"dense": "needs 4 tokens, not 3"})
-    assert str(few).splitlines()[1] == "not dense: needs 4 tokens, not 3"
-    assert (many.kernel, many.refused) == ("dense", {})
+    few, many = explain(Layer(rows=3), 3), explain(Layer(), 64)
+    assert (few.kernel, few.refused["whole"]) == ("expand", "needs 4 rows, not 3")
+    assert (many.kernel, many.route, many.refused) == ("whole", "in parts", {})
+    late = explain(Layer("expand"), 3)
+    assert late.refused["whole"] == "the layer was laid out before that was known or asked for"
 
 
 def test_explain_refuses_what_is_not_packed():
@@ -382,7 +396,7 @@ def test_explain_refuses_what_is_not_packed():
         choice.explain(torch.nn.Linear(2, 2), 1)
     with pytest.raises(ValueError, match="tokens are -1"):
         choice.explain(type("Layer", (), {"case": staticmethod(case)})(), -1)
-    with pytest.raises(ValueError, match="no kernel 'fast'; known: expand"):
+    with pytest.raises(ValueError, match="no kernel 'fast'; known: cusparselt"):
         choice.find("fast")
 
 

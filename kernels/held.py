@@ -1,0 +1,103 @@
+"""The kernels for n:m that layers are held in: `nm_gemv` of each n:m, and `s24_mma`."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from llmprune.kernels import gpu, nm_gemv, s24_mma
+from llmprune.kernels.gemv_layout import Chunk, GemvLayout, dense_gemv, pack_gemv
+from llmprune.kernels.packed import Packed
+from llmprune.kernels.s24_layout import S24Layout, dense_s24, pack_s24
+from llmprune.kernels.words import Words
+
+
+class S24(Words):
+    """2:4 on sparse tensor cores."""
+
+    name = "s24_mma"
+    about = "reads 9 bits per weight straight into sparse tensor cores, up to 64 tokens"
+    n, m = 2, 4
+    tokens = s24_mma.TOKENS
+
+    def unavailable(self, device: torch.device) -> str | None:
+        """See `Words.unavailable`."""
+        return s24_mma.unavailable(device)
+
+    def launches(self, device: torch.device) -> bool:
+        """Triton's interpreter knows no Gluon."""
+        return device.type == "cuda" and gpu.launches(device)
+
+    def holds(self, n: int, m: int) -> bool:
+        """1 of every 2 is 2 of every 4 as well; 1 of every 4 takes less as 1:4."""
+        return (n, m) in ((2, 4), (1, 2))
+
+    def lay(self, packed: Packed) -> Tensor:
+        """See `Words.lay`."""
+        return pack_s24(packed).words
+
+    def dense(
+        self, words: Tensor, shape: tuple[int, int], dtype: torch.dtype, slots: bool
+    ) -> Tensor:
+        """See `Words.dense`."""
+        return dense_s24(S24Layout(words, shape, dtype), slots)[0]
+
+    def product(
+        self, x: Tensor, words: Tensor, bias: Tensor | None, shape: tuple[int, int]
+    ) -> Tensor:
+        """See `Words.product`."""
+        return s24_mma.s24_mma(x, S24Layout(words, shape, x.dtype), bias)
+
+
+class Gemv(Words):
+    """n:m in plain Triton."""
+
+    tokens = nm_gemv.TOKENS
+
+    def __init__(self, n: int, m: int) -> None:
+        """One for each n:m: the layout depends on it."""
+        self.n, self.m = n, m
+        self.name = f"nm_gemv {n}:{m}"
+        self.about = f"reads {self._bits:g} bits per weight, up to {self.tokens} tokens"
+
+    @property
+    def _bits(self) -> float:
+        return (16 + Chunk(self.n, self.m).bits) * self.n / self.m
+
+    def unavailable(self, device: torch.device) -> str | None:
+        """See `Words.unavailable`."""
+        if self.m not in (2, 4, 8, 16) or not 0 < self.n < self.m:
+            return f"needs m of 2, 4, 8 or 16, not {self.n}:{self.m}"
+        if self._bits >= 16:
+            return (
+                f"{self.n}:{self.m} would take {self._bits:g} bits per weight, the dense matrix 16"
+            )
+        return nm_gemv.unavailable(device, self.n, self.m)
+
+    def lay(self, packed: Packed) -> Tensor:
+        """See `Words.lay`."""
+        return pack_gemv(packed, self.n, self.m).words
+
+    def dense(
+        self, words: Tensor, shape: tuple[int, int], dtype: torch.dtype, slots: bool
+    ) -> Tensor:
+        """See `Words.dense`."""
+        return dense_gemv(GemvLayout(words, shape, dtype, Chunk(self.n, self.m)), slots)
+
+    def product(
+        self, x: Tensor, words: Tensor, bias: Tensor | None, shape: tuple[int, int]
+    ) -> Tensor:
+        """See `Words.product`."""
+        layout = GemvLayout(words, shape, x.dtype, Chunk(self.n, self.m))
+        return nm_gemv.nm_gemv(x, layout, bias)
+
+
+S24_MMA = S24()
+
+
+@cache
+def gemv(n: int, m: int) -> Gemv:
+    """The one for n of m."""
+    return Gemv(n, m)

@@ -1,0 +1,26 @@
+"""The product with an expanded matrix, for as long as it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def times(
+    x: Tensor,  # [tokens, in]
+    expand: Callable[[], Tensor],
+    bias: Tensor | None,  # [out]
+    shape: Sequence[int],
+    transposed: bool,
+) -> Tensor:
+    """Give x @ S.T + bias, or with `transposed` x @ S + bias, where `expand` gives S [rows, columns].
+
+    S lies in memory of torch's own cache: it is handed from layer to layer on a stream, never between streams
+    that run at once, and a CUDA graph that records the product keeps it for itself.
+    """
+    if not len(x):
+        return x.new_empty((0, shape[1] if transposed else shape[0]))
+    dense = expand()
+    return torch.nn.functional.linear(x, dense.T if transposed else dense, bias)

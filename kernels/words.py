@@ -1,0 +1,161 @@
+"""What the kernels share that read an n:m matrix as words in an order of their own.
+
+A layout is [marker, words], or [marker, words, bitmap]. The marker is empty and tells the dtype. A group
+that keeps fewer than n is filled up with +0.0, so the words tell which weights are kept, those that are not
++0.0, unless a kept weight is +0.0 itself. Then, if no group is filled up, all slots are kept, and the marker
+is [0, 1]; else the bitmap tells.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from llmprune.kernels import gpu
+from llmprune.kernels.interface import Case
+from llmprune.kernels.packed import Packed, pack, select, unpack_bits
+from llmprune.kernels.product import times
+from llmprune.kernels.slots import row_blocks
+
+HALVES = (torch.bfloat16, torch.float16)
+
+
+class Words(ABC):
+    """A kernel for few tokens; for many, and for the backward, the matrix is expanded for cuBLAS."""
+
+    name: str
+    about: str
+    n: int
+    m: int
+    tokens: int
+    """Up to how many the kernel takes."""
+
+    @abstractmethod
+    def unavailable(self, device: torch.device) -> str | None:
+        """Why it must not be used on `device`, or None. Tries it once there, which the host waits for."""
+
+    @abstractmethod
+    def lay(self, packed: Packed) -> Tensor:
+        """The words of a matrix."""
+
+    @abstractmethod
+    def dense(
+        self, words: Tensor, shape: tuple[int, int], dtype: torch.dtype, slots: bool
+    ) -> Tensor:
+        """The matrix in plain torch; with `slots` a 1 in each slot instead of its value."""
+
+    @abstractmethod
+    def product(
+        self, x: Tensor, words: Tensor, bias: Tensor | None, shape: tuple[int, int]
+    ) -> Tensor:
+        """The product of few tokens, x [tokens, columns], by the kernel."""
+
+    def launches(self, device: torch.device) -> bool:
+        """Whether `product` can run on tensors that lie there."""
+        return gpu.launches(device)
+
+    def unfit(self, case: Case) -> str | None:
+        """Why it cannot be used at all, or None."""
+        if case.trains:
+            return "the weights are trained"
+        if case.device.type != "cuda":
+            return "needs an NVIDIA GPU"
+        if case.dtype not in HALVES:
+            return f"needs bfloat16 or float16, not {str(case.dtype).removeprefix('torch.')}"
+        if (why := self._misfit(case)) is not None:
+            return why
+        return self.unavailable(gpu.whole(case.device))
+
+    def _misfit(self, case: Case) -> str | None:
+        """What is wrong with the pattern or the shape."""
+        if case.nm is None or not self.holds(*case.nm):
+            return f"needs {self.n}:{self.m}, not {case.pattern}"
+        if not case.along_inputs:
+            return "needs groups along the inputs, these lie along the outputs"
+        if case.sides[1] % self.m:
+            return f"needs inputs in multiples of {self.m}, not {case.sides[1]}"
+        if not min(case.sides):
+            return "there are no weights"
+        return None
+
+    def holds(self, n: int, m: int) -> bool:
+        """Whether a matrix that keeps at most n of every m can be laid out."""
+        return (n, m) == (self.n, self.m)
+
+    def refuses(self, case: Case) -> str | None:
+        """See `Kernel.refuses`."""
+        return self.unfit(case) or self.slow(case)
+
+    def slow(self, case: Case) -> str | None:
+        """Why dense is better by what was measured, or None; only of a case that is not unfit."""
+        return None
+
+    def route(self, case: Case) -> str:
+        """See `Kernel.route`."""
+        if 0 < case.tokens <= self.tokens:
+            return "by the kernel"
+        return "expanded into scratch memory, then by cuBLAS"
+
+    def prepare(self, packed: Packed) -> list[Tensor]:
+        """See `Kernel.prepare`.
+
+        Raises:
+            ValueError: where a group keeps more than n, or for another dtype or shape than the kernel takes.
+        """
+        full, words = self._all_full(packed), self.lay(packed)
+        if bool((packed.values.detach().view(torch.int16) != 0).all()):
+            return [packed.values.new_empty(0), words]
+        if full:
+            return [packed.values.new_empty(0, 1), words]
+        return [packed.values.new_empty(0), words, packed.bitmap]
+
+    def packed(self, layout: Sequence[Tensor], shape: Sequence[int]) -> Packed:
+        """See `Kernel.packed`."""
+        marker, words, *bitmap = layout
+        rows, columns = shape
+        dense = self.dense(words, (rows, columns), marker.dtype, False)
+        if bitmap:
+            return Packed(select(dense, bitmap[0]), bitmap[0], (rows, columns))
+        keep = None
+        if marker.dim() == 2:
+            keep = self.dense(words, (rows, columns), marker.dtype, True) != 0
+        return pack(dense, keep)
+
+    def expanded(self, layout: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+        """See `Kernel.expanded`."""
+        rows, columns = shape
+        return self.dense(layout[1], (rows, columns), layout[0].dtype, False)
+
+    def matmul(
+        self,
+        x: Tensor,
+        layout: Sequence[Tensor],
+        bias: Tensor | None,
+        shape: Sequence[int],
+        transposed: bool,
+    ) -> Tensor:
+        """See `Kernel.matmul`."""
+        rows, columns = shape
+        if not transposed and 0 < len(x) <= self.tokens and self.launches(x.device):
+            return self.product(x, layout[1], bias, (rows, columns))
+        return times(x, lambda: self.expanded(layout, shape), bias, shape, transposed)
+
+    def _all_full(self, packed: Packed) -> bool:
+        """Whether each group keeps n."""
+        rows, columns = packed.shape
+        if columns % self.m:
+            raise ValueError(
+                f"{self.n}:{self.m} needs rows of a multiple of {self.m} weights, got {columns}"
+            )
+        least = most = self.n
+        blocks = row_blocks(rows, columns, 1)
+        for row in blocks:
+            bits = unpack_bits(packed.bitmap[row : row + blocks.step], columns)
+            kept = bits.reshape(-1, self.m).sum(1, dtype=torch.uint8)
+            least, most = min(least, int(kept.min())), max(most, int(kept.max()))
+        if most > self.n:
+            raise ValueError(f"not {self.n}:{self.m}: a group keeps {most}")
+        return least == self.n

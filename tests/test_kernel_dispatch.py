@@ -1,0 +1,252 @@
+"""Layouts that layers are held in, and which of them is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import INTERPRETED
+from gluon_on_cpu import on_cpu
+from kernel_harness import MASKS, assert_within, bits, nm_matrix, truth
+from torch import Tensor
+
+from llmprune.kernels import choice, cusparselt, held
+from llmprune.kernels.held import S24_MMA, gemv
+from llmprune.kernels.interface import Case, Kernel
+from llmprune.kernels.packed import Packed, pack, unpack
+from llmprune.kernels.sparse_linear import expanded_layout, sparse_linear
+from llmprune.kernels.words import Words
+
+HALVES = (torch.bfloat16, torch.float16)
+KERNELS: list[Words] = [S24_MMA, gemv(2, 4), gemv(1, 2), gemv(4, 8), gemv(5, 16)]
+ids = {"ids": lambda value: getattr(value, "name", str(value).removeprefix("torch."))}
+
+
+@pytest.fixture(autouse=True)
+def _nothing_asked_for(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv(choice.SETTING, raising=False)
+    yield
+    choice.prefer(None)
+
+
+def same(a: Packed, b: Packed) -> bool:
+    return (
+        a.shape == b.shape
+        and torch.equal(a.bitmap, b.bitmap)
+        and torch.equal(bits(a.values), bits(b.values))
+    )
+
+
+def keep_of(rows: int, columns: int, n: int, m: int, full: bool, seed: int = 0) -> Tensor:
+    """Bool, n of every m, or fewer in some groups."""
+    random = torch.Generator().manual_seed(seed)
+    order = torch.rand(rows, columns // m, m, generator=random).argsort(-1)
+    keep = order < n
+    if not full:
+        keep &= torch.rand(keep.shape, generator=random) < 0.8
+    return keep.reshape(rows, columns)
+
+
+@pytest.mark.parametrize("kernel", KERNELS, **ids)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("shape", [(1, 16), (37, 48), (64, 272)], **ids)
+def test_a_layout_gives_back_what_was_packed(
+    kernel: Words, mask: str, shape: tuple[int, int]
+) -> None:
+    packed = pack(nm_matrix(*shape, kernel.n, kernel.m, HALVES[shape[0] % 2], mask))
+    layout = kernel.prepare(packed)
+    assert len(layout) == 2
+    assert (layout[0].dtype, layout[0].numel()) == (packed.values.dtype, 0)
+    assert same(kernel.packed(layout, packed.shape), packed)
+    assert torch.equal(bits(kernel.expanded(layout, packed.shape)), bits(unpack(packed)))
+
+
+@pytest.mark.parametrize("kernel", KERNELS, **ids)
+@pytest.mark.parametrize("full", [True, False], ids=["full groups", "short groups"])
+@pytest.mark.parametrize("fill", [0.0, -0.0, float("nan"), None], **ids)
+def test_kept_zeros_of_both_signs_come_back(kernel: Words, full: bool, fill: float | None) -> None:
+    """And NaN with its payload. The bitmap stays only where the slots cannot tell."""
+    keep = keep_of(37, 96, kernel.n, kernel.m, full)
+    random = torch.Generator().manual_seed(1)
+    words = torch.randint(-(2**15), 2**15, keep.shape, generator=random, dtype=torch.int16)
+    if fill is not None:
+        some = torch.rand(keep.shape, generator=random) < 0.3
+        words = torch.where(some, torch.tensor(fill).bfloat16().view(torch.int16), words)
+    dense = torch.where(keep, words, 0).view(torch.bfloat16)
+    packed = pack(dense, keep)
+    layout = kernel.prepare(packed)
+    zeros = bool((packed.values.view(torch.int16) == 0).any())
+    assert zeros or fill != 0 or str(fill) == "-0.0"
+    assert len(layout) == (3 if zeros and not full else 2)
+    assert same(kernel.packed(layout, packed.shape), packed)
+    assert torch.equal(bits(kernel.expanded(layout, packed.shape)), bits(dense))
+
+
+def test_a_matrix_that_keeps_more_is_refused() -> None:
+    """Its zeros too: what gives way to a zero would not come back."""
+    dense = nm_matrix(4, 16, 2, 4, torch.bfloat16)
+    keep = dense != 0
+    keep[1, :4] = True
+    for kernel in (S24_MMA, gemv(2, 4)):
+        with pytest.raises(ValueError, match="not 2:4: a group keeps 4"):
+            kernel.prepare(pack(dense, keep))
+        with pytest.raises(ValueError, match="multiple of 4 weights, got 6"):
+            kernel.prepare(pack(torch.ones(2, 6).bfloat16()))
+
+
+@pytest.fixture
+def emulated(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """s24_mma runs its own source, in an emulator."""
+    if not INTERPRETED:
+        pytest.skip("runs on the GPU here")
+    monkeypatch.setattr(held.S24, "launches", lambda self, device: True)
+    with on_cpu(root / "kernels" / "s24_gluon.py"):
+        yield
+
+
+@pytest.mark.parametrize("kernel", [S24_MMA, gemv(2, 4), gemv(4, 8)], **ids)
+@pytest.mark.parametrize("tokens", [0, 1, 3, 65])
+@pytest.mark.usefixtures("emulated")
+def test_any_number_of_tokens_both_ways(
+    kernel: Words, tokens: int, poisoned: Callable[[Tensor], int]
+) -> None:
+    dense = nm_matrix(24, 64, kernel.n, kernel.m, torch.bfloat16)
+    packed = pack(dense)
+    layout = kernel.prepare(packed)
+    torch.manual_seed(0)
+    for transposed, (features, out) in ((False, (64, 24)), (True, (24, 64))):
+        x = torch.randn(tokens, features).bfloat16()
+        for bias in (None, torch.randn(out).bfloat16()):
+            y = sparse_linear(x, layout, bias, kernel.name, packed.shape, transposed)
+            assert y.shape == (tokens, out)
+            assert poisoned(y) == 0
+            if tokens:
+                assert_within(y, *truth(x, dense.T if transposed else dense, bias))
+
+
+def test_few_tokens_go_to_the_kernel_and_many_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel, packed = gemv(2, 4), pack(nm_matrix(8, 16, 2, 4, torch.float16))
+    layout, seen = kernel.prepare(packed), list[int]()
+
+    def product(self: Words, x: Tensor, *rest: object) -> Tensor:
+        seen.append(len(x))
+        return x.new_zeros(len(x), 8)
+
+    monkeypatch.setattr(held.Gemv, "product", product)
+    for tokens in (0, 1, 8, 9, 200):
+        kernel.matmul(torch.zeros(tokens, 16).half(), layout, None, (8, 16), False)
+    kernel.matmul(torch.zeros(1, 8).half(), layout, None, (8, 16), True)
+    assert seen == [1, 8]
+
+
+@pytest.mark.parametrize("kernel", [S24_MMA, gemv(2, 4), choice.DENSE], **ids)
+def test_gradients_and_autocast(kernel: Kernel) -> None:
+    """The backward expands; autocast to another dtype goes through the dense matrix."""
+    dense = nm_matrix(24, 64, 2, 4, torch.bfloat16)
+    layout = kernel.prepare(pack(dense))
+    x = torch.randn(2, 9, 64).bfloat16().requires_grad_()
+    flow = torch.randn(2, 9, 24).bfloat16()
+    y = sparse_linear(x, layout, None, kernel.name, dense.shape)
+    (gradient,) = torch.autograd.grad(y, x, flow)
+    assert_within(gradient.flatten(0, 1), *truth(flow.flatten(0, 1), dense.T))
+    assert torch.equal(expanded_layout(layout, kernel.name, dense.shape), dense)
+    wide = x.detach().float().requires_grad_()
+    with torch.autocast("cpu", torch.float16):
+        y = sparse_linear(wide, layout, None, kernel.name, dense.shape)
+        expected = torch.nn.functional.linear(wide, dense)
+    assert y.dtype == torch.float16
+    assert torch.equal(y, expected)
+    y.sum().backward()
+    assert wide.grad is not None
+
+
+def test_opcheck_of_words() -> None:
+    dense = nm_matrix(8, 16, 2, 4, torch.bfloat16)
+    layout = gemv(2, 4).prepare(pack(dense))
+    x = torch.randn(2, 9, 16).bfloat16().requires_grad_()
+    torch.library.opcheck(
+        torch.ops.llmprune.sparse_linear.default, (x, layout, None, "nm_gemv 2:4", [8, 16], False)
+    )
+    torch.library.opcheck(
+        torch.ops.llmprune.sparse_expand_layout.default, (layout, "nm_gemv 2:4", [8, 16])
+    )
+
+
+# Choosing
+
+CUDA = Case(
+    (64, 128), 4096, torch.bfloat16, torch.device("cuda", 0), "2:4", "rows", False, 1, False
+)
+
+
+@pytest.fixture
+def gpu_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if this machine had a GPU on which all kernels pass their trials."""
+    monkeypatch.setattr(held.S24, "unavailable", lambda self, device: None)
+    monkeypatch.setattr(held.nm_gemv, "unavailable", lambda device, n, m: None)
+    monkeypatch.setattr(cusparselt, "unavailable", lambda device: None)
+
+
+@pytest.mark.usefixtures("gpu_here")
+@pytest.mark.parametrize(
+    ("change", "chosen"),
+    [
+        ({}, "s24_mma"),
+        ({"dtype": torch.float16}, "s24_mma"),
+        ({"pattern": "1:2"}, "s24_mma"),
+        ({"pattern": "1:4"}, "nm_gemv 1:4"),
+        ({"pattern": "4:8"}, "nm_gemv 4:8"),
+        ({"pattern": "8:16"}, "nm_gemv 8:16"),
+        ({"pattern": "13:16"}, "expand"),
+        ({"pattern": "16:32"}, "expand"),
+        ({"pattern": "unstructured"}, "expand"),
+        ({"dtype": torch.float32}, "expand"),
+        ({"trains": True}, "expand"),
+        ({"device": torch.device("cpu")}, "expand"),
+        ({"shape": (64, 0)}, "expand"),
+        ({"axis": "columns"}, "expand"),
+        ({"transposed": True}, "expand"),
+        ({"transposed": True, "axis": "columns"}, "s24_mma"),
+    ],
+    **ids,
+)
+def test_the_kernel_follows_from_the_layer_alone(change: dict[str, object], chosen: str) -> None:
+    case = replace(CUDA, **change)
+    for tokens in (0, 1, 8, 9, 64, 65, 10_000):
+        assert choice.choose(replace(case, tokens=tokens)).name == chosen
+    kernel = choice.choose(case)
+    assert choice.turns(kernel, case) == (case.transposed and chosen != "expand")
+
+
+@pytest.mark.usefixtures("gpu_here")
+def test_what_is_asked_for_comes_first_where_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, chosen in [
+        ("cusparselt", "cusparselt"),
+        ("nm_gemv", "nm_gemv 2:4"),
+        ("dense", "dense"),
+        ("expand", "expand"),
+    ]:
+        choice.prefer(name)
+        assert choice.choose(CUDA).name == chosen
+    choice.prefer("cusparselt")
+    assert choice.choose(replace(CUDA, pattern="4:8")).name == "nm_gemv 4:8"
+    assert choice.choose(replace(CUDA, shape=(65, 128))).name == "s24_mma"
+    choice.prefer(None)
+    monkeypatch.setenv(choice.SETTING, "nm_gemv")
+    assert choice.choose(CUDA).name == "nm_gemv 2:4"
+    monkeypatch.setenv(choice.SETTING, "fast")
+    with pytest.raises(ValueError, match="LLMPRUNE_KERNEL got 'fast'"):
+        choice.choose(CUDA)
+    with pytest.raises(ValueError, match="prefer got 'nm_gemv 2:4'"):
+        choice.prefer("nm_gemv 2:4")
+
+
+def test_names_are_found() -> None:
+    for name in ("s24_mma", "cusparselt", "dense", "expand", "nm_gemv 2:4", "nm_gemv 12:16"):
+        assert choice.find(name).name == name
+    assert choice.find("nm_gemv 4:8") is gemv(4, 8)
+    with pytest.raises(ValueError, match="no kernel 'nm_gemv'"):
+        choice.find("nm_gemv")
