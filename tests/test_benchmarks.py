@@ -155,3 +155,72 @@ def test_no_figure_for_logits_that_differ(root: Path, monkeypatch: pytest.Monkey
     )
     with pytest.raises(SystemExit, match="logits differ"):
         sparse._case("any", root, "0.5", args)
+
+
+def test_the_frontier_is_measured_cell_by_cell_and_taken_up_again(
+    root: Path, tmp_path: Path
+) -> None:
+    out, picture = tmp_path / "frontier.json", tmp_path / "frontier.png"
+    command = [sys.executable, "benchmarks/frontier.py", "--models", "demo", "--patterns", "2:4"]
+    command += ["--samples", "2", "--seqlen", "64", "--limit", "4", "--seeds", "0"]
+    command += ["--out", str(out), "--plot", str(picture)]
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+
+    def told(*more: str) -> str:
+        given = [*command, *more]
+        done = subprocess.run(given, cwd=root, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    first = told("--recipes", "sparsegpt")
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["name"] for row in rows] == ["dense", "sparsegpt"]
+    assert rows[1]["sparsity"] == 0.5
+    assert rows[1]["perplexity"] > rows[0]["perplexity"] > 1
+    assert 0 < rows[1]["layer_error"] < 1
+    assert "| demo | 2:4 | sparsegpt |" in first
+    assert "| 1.00 |" in first  # of its own excess
+    assert picture.stat().st_size > 10_000
+    assert "| demo | 2:4 | sparsegpt |" in told("--recipes", "wanda", "--minutes", "0")
+    assert json.loads(out.read_text())["rows"] == rows  # nothing was measured again
+
+
+def test_the_frontiers_shares_are_of_the_same_seeds(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    figures = importlib.import_module("frontier_figures")
+
+    def row(name: str, seed: int, perplexity: float) -> dict[str, Any]:
+        cell = {"model": "m", "weights": "w", "pattern": "2:4", "name": name, "seed": seed}
+        return {**cell, "perplexity": perplexity, "seconds": 1.0, "peak_mb": 1, "commit": "c"}
+
+    e = 2.718281828459045
+    rows = [row("dense", 0, 1.0), row("sparsegpt", 0, e**0.2), row("sparsegpt", 1, e**0.4)]
+    found = {s["name"]: s for s in figures.summed([*rows, row("alps", 1, e**0.1)])}
+    assert found["alps"]["share"] == pytest.approx(0.25)  # of 0.4, not of the mean 0.3
+    assert found["alps"]["error"] is None
+    assert found["sparsegpt"]["share"] == pytest.approx(1)
+    assert found["sparsegpt"]["excess"] == pytest.approx(0.3)
+    half = (e**0.4 - e**0.2) / 2
+    assert found["sparsegpt"]["error"] == pytest.approx(half)  # of the mean of two: stdev / sqrt(2)
+    assert "cells by commit: 3 of c; this is d" in figures.told(rows, "d")
+
+
+@pytest.mark.parametrize("shape", ["qwen3", "gpt2"])
+def test_a_second_family_is_trained_and_loads(root: Path, tmp_path: Path, shape: str) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The river runs past the old mill and the mill stands still.\n" * 400)
+    command = [sys.executable, "benchmarks/second_family.py", "--train", str(text)]
+    command += ["--validation", str(text), "--steps", "2", "--shape", shape]
+    command += ["--out", str(tmp_path / "model")]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    about = json.loads((tmp_path / "model" / "training.json").read_text())
+    assert about["steps"] == 2
+    assert about["tokens"] == 2 * 8 * 256
+    assert 1 < about["validation perplexity"] < 3000
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert config["model_type"] == shape
