@@ -207,7 +207,7 @@ def build(name: str, settings: Mapping[str, Any] | None = None) -> Method[Any]:
         if key not in kinds:
             have = nearest(key, list(kinds)) if kinds else "it has none"
             raise ConfigError(f"{name} has no setting {key!r}: {have}")
-        values[key] = _typed(name, key, value, kinds[key])
+        values[key] = typed(name, key, value, kinds[key])
     cls = get(name)
     if cls.refits:
         return cls(**values)
@@ -222,7 +222,7 @@ def _refit() -> Any:
     return refit
 
 
-def _typed(method: str, key: str, value: Any, kind: type[Any]) -> Any:
+def typed(method: str, key: str, value: Any, kind: type[Any]) -> Any:
     """`value` as `kind`, from text or from a value that already fits."""
     booleans = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
     text = str(value).strip().lower()

@@ -1,0 +1,97 @@
+"""Every setting of a run that decides its result, checked as it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from llmprune import methods
+from llmprune.errors import ConfigError
+from llmprune.methods.base import Method
+from llmprune.pattern import Pattern, Within, parse
+from llmprune.prune_matrix import Task
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """Every setting that decides the result; all of it goes into the report.
+
+    Attributes:
+        sparsity: share removed (0.5) or kept:group ("2:4").
+        method: name of a file in `llmprune.methods`.
+        settings: the method's own fields.
+        within: comparison group of a share; None is the method's own.
+        ragged: `error` refuses a matrix whose rows n:m does not divide, `dense` leaves it alone.
+        targets: which matrices; none given means all of the decoder blocks but routers.
+        ignore: which of them not.
+        calibration: dataset, file, `demo`, list of texts, ids [n, seqlen], or DataLoader.
+        text_column: column of the dataset that holds the text.
+        samples: number of windows; None is 128 for text and all that are given for ids.
+        seqlen: tokens per window; None is min(2048, what the model allows).
+        seed: of the choice of windows.
+        batch_size: windows at once; None fits the device. Does not change results beyond rounding.
+        calibrate_all_experts: every expert learns from all tokens, not from those routed to it.
+        sums: float32, or float64 at three times the memory, rounded once: see `--help`.
+    """
+
+    sparsity: float | str | Pattern = 0.5
+    method: str = "wanda"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    within: Within | None = None
+    ragged: Literal["error", "dense"] = "error"
+    targets: Sequence[str] = ()
+    ignore: Sequence[str] = ()
+    calibration: Any = "wikitext2"
+    text_column: str | None = None
+    samples: int | None = None
+    seqlen: int | None = None
+    seed: int = 0
+    batch_size: int | None = None
+    calibrate_all_experts: bool = False
+    sums: Literal["float32", "float64"] = "float32"
+
+    def __post_init__(self) -> None:
+        self.built()
+        if self.ragged not in ("error", "dense"):
+            raise ConfigError(f"ragged is error or dense, got {self.ragged!r}")
+        if self.sums not in ("float32", "float64"):
+            raise ConfigError(f"sums is float32 or float64, got {self.sums!r}")
+        for name in ("samples", "seqlen", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < (2 if name == "seqlen" else 1):
+                raise ConfigError(f"{name} must be a positive number, got {value}")
+        if isinstance(self.targets, str) or isinstance(self.ignore, str):
+            raise ConfigError("targets and ignore are lists of names, not one text")
+
+    def built(self) -> tuple[Method[Any], Pattern]:
+        """The method and the pattern these settings stand for.
+
+        Raises:
+            ConfigError: when a name or value makes no sense.
+        """
+        method = methods.build(self.method, self.settings)
+        pattern = method.resolve(parse(self.sparsity, self.within))
+        return method, pattern
+
+    def task(self) -> Task:
+        """What these settings do to every matrix."""
+        flood, wide = self.calibrate_all_experts, self.sums == "float64"
+        return Task(*self.built(), self.ragged == "dense", flood, wide)
+
+    def recipe(self) -> dict[str, Any]:
+        """The settings as plain JSON types, with defaults spelled out."""
+        method, pattern = self.built()
+        return {
+            "method": self.method,
+            "settings": method.settings(),
+            "sparsity": str(pattern),
+            "within": getattr(pattern, "within", f"{pattern} neighbours"),
+            "ragged": self.ragged,
+            "targets": list(self.targets),
+            "ignore": list(self.ignore),
+            "text_column": self.text_column,
+            "batch_size": self.batch_size,
+            "calibrate_all_experts": self.calibrate_all_experts,
+            "sums": self.sums,
+        }
