@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from llmprune.kernels.expanding import dense_of, how
 from llmprune.kernels.interface import Case
 from llmprune.kernels.packed import Packed, row_starts, select, unpack_rows
 from llmprune.kernels.product import times
@@ -39,7 +40,7 @@ class Expand:
         """See `Kernel.route`."""
         if case.device.type == "cpu":
             return "expanded a tile at a time"
-        return "expanded into scratch memory, then multiplied"
+        return f"expanded into scratch memory {how(case.device)}, then by cuBLAS"
 
     def prepare(self, packed: Packed) -> list[Tensor]:
         """No copy: [values, bitmap]."""
@@ -52,7 +53,7 @@ class Expand:
 
     def expanded(self, layout: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
         """See `Kernel.expanded`."""
-        return dense(self.packed(layout, shape))
+        return dense_of(self.packed(layout, shape))
 
     def matmul(
         self,
@@ -65,13 +66,8 @@ class Expand:
         """See `Kernel.matmul`."""
         packed = self.packed(layout, shape)
         if x.device.type != "cpu":
-            return times(x, lambda: dense(packed), bias, shape, transposed)
+            return times(x, lambda: dense_of(packed), bias, shape, transposed)
         return _from_rows(x, packed, bias) if transposed else _to_rows(x, packed, bias)
-
-
-def dense(packed: Packed) -> Tensor:
-    """The whole matrix, bit for bit. On a GPU the host waits for nothing."""
-    return unpack_rows(packed, 0, packed.shape[0], 0)
 
 
 def _to_rows(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import ParamSpec
 
 import torch
+
+P = ParamSpec("P")
 
 
 @cache
@@ -55,3 +59,35 @@ def occupied(device: torch.device) -> bool:
     if torch.compiler.is_compiling():
         return True
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def once(why: Callable[P, str | None]) -> Callable[P, str | None]:
+    """Keep the answer of `why(device, ...)`, which tries something on the device, unless that is occupied."""
+    answers = dict[tuple[object, ...], str | None]()
+
+    @wraps(why)
+    def answer(*args: P.args, **kwargs: P.kwargs) -> str | None:
+        key = (*args, *kwargs.items())
+        if key not in answers:
+            device = args[0]
+            assert isinstance(device, torch.device)
+            if occupied(device):
+                return "not tried before a CUDA graph was recorded or torch traced"
+            answers[key] = why(*args, **kwargs)
+        return answers[key]
+
+    return answer
+
+
+def trial(wrong: Callable[[], str | None]) -> str | None:
+    """What `wrong` finds wrong, in a few words; only where triton can be imported."""
+    from triton import TritonError
+
+    try:
+        found = wrong()
+    except (RuntimeError, TritonError) as error:
+        # torch says what happened first, and how to look into it last; Triton shows source, then says it
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        said = lines[-1] if isinstance(error, TritonError) else lines[0]
+        return f"does not run on this GPU: {said[:200]}"
+    return f"gives wrong results on this GPU: {found}" if found else None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from llmprune.kernels import gpu, nm_gemv, s24_mma
+from llmprune.kernels.expanding import dense_of
 from llmprune.kernels.gemv_layout import Chunk, GemvLayout, dense_gemv, pack_gemv
 from llmprune.kernels.packed import Packed
 from llmprune.kernels.s24_layout import S24Layout, dense_s24, pack_s24
@@ -42,7 +43,8 @@ class S24(Words):
         self, words: Tensor, shape: tuple[int, int], dtype: torch.dtype, slots: bool
     ) -> Tensor:
         """See `Words.dense`."""
-        return dense_s24(S24Layout(words, shape, dtype), slots)[0]
+        layout = S24Layout(words, shape, dtype)
+        return dense_s24(layout, True)[0] if slots else dense_of(layout)
 
     def product(
         self, x: Tensor, words: Tensor, bias: Tensor | None, shape: tuple[int, int]
@@ -84,7 +86,8 @@ class Gemv(Words):
         self, words: Tensor, shape: tuple[int, int], dtype: torch.dtype, slots: bool
     ) -> Tensor:
         """See `Words.dense`."""
-        return dense_gemv(GemvLayout(words, shape, dtype, Chunk(self.n, self.m)), slots)
+        layout = GemvLayout(words, shape, dtype, Chunk(self.n, self.m))
+        return dense_gemv(layout, True) if slots else dense_of(layout)
 
     def product(
         self, x: Tensor, words: Tensor, bias: Tensor | None, shape: tuple[int, int]

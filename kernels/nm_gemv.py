@@ -17,8 +17,6 @@ dispatches to it yet.
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
@@ -97,7 +95,7 @@ def nm_gemv_reference(x: Tensor, layout: GemvLayout, bias: Tensor | None = None)
     return torch.nn.functional.linear(x.float(), weight, shift).to(x.dtype)
 
 
-@cache
+@gpu.once
 def unavailable(device: torch.device, n: int, m: int) -> str | None:
     """Why `nm_gemv` must not be used for n:m on `device`, in a few words, or None.
 
@@ -105,13 +103,7 @@ def unavailable(device: torch.device, n: int, m: int) -> str | None:
     """
     if (why := gpu.missing(device)) is not None:
         return why
-    from triton import TritonError
-
-    try:
-        wrong = _wrong(device, n, m)
-    except (RuntimeError, TritonError) as error:
-        return f"does not run on this GPU: {str(error).strip().splitlines()[-1][:200]}"
-    return f"gives wrong results on this GPU: {wrong}" if wrong else None
+    return gpu.trial(lambda: _wrong(device, n, m))
 
 
 def _wrong(device: torch.device, n: int, m: int) -> str | None:

@@ -20,11 +20,10 @@ compares it with the reference once on each GPU before use.
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
+from . import gpu
 from .nm_gemv import add_parts, on_device_of
 from .packed import pack
 from .s24_layout import COLUMNS, TILES, S24Layout, dense_s24, pack_gate_up, pack_s24
@@ -104,28 +103,22 @@ def s24_mma_reference(x: Tensor, layout: S24Layout, bias: Tensor | None = None) 
     return y.to(x.dtype)
 
 
-@cache
+@gpu.once
 def unavailable(device: torch.device) -> str | None:
     """Why `s24_mma` must not be used on `device`, in a few words, or None.
 
     Compiles the kernel and compares it with its reference, once for each device of a process.
     """
-    if device.type != "cuda" or torch.version.hip:
-        return "needs an NVIDIA GPU"
+    if (why := gpu.missing(device)) is not None:
+        return why
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         return f"needs compute capability 8.0 for sparse tensor cores, this GPU has {major}.{minor}"
     try:
-        from triton import TritonError
-
         from . import s24_gluon  # noqa: F401
     except ImportError as error:
         return f"needs a triton with Gluon ({error})"
-    try:
-        wrong = _wrong(device)
-    except (RuntimeError, TritonError) as error:
-        return f"does not run on this GPU: {str(error).strip().splitlines()[-1][:200]}"
-    return f"gives wrong results on this GPU: {wrong}" if wrong else None
+    return gpu.trial(lambda: _wrong(device))
 
 
 def _wrong(device: torch.device) -> str | None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from llmprune.kernels import gpu
+from llmprune.kernels.expanding import how
 from llmprune.kernels.interface import Case
 from llmprune.kernels.packed import Packed, pack, select, unpack_bits
 from llmprune.kernels.product import times
@@ -45,7 +46,7 @@ class Words(ABC):
     def dense(
         self, words: Tensor, shape: tuple[int, int], dtype: torch.dtype, slots: bool
     ) -> Tensor:
-        """The matrix in plain torch; with `slots` a 1 in each slot instead of its value."""
+        """The matrix; with `slots` a 1 in each slot instead of its value. The host does not wait."""
 
     @abstractmethod
     def product(
@@ -97,7 +98,7 @@ class Words(ABC):
         """See `Kernel.route`."""
         if 0 < case.tokens <= self.tokens:
             return "by the kernel"
-        return "expanded into scratch memory, then by cuBLAS"
+        return f"expanded into scratch memory {how(case.device)}, then by cuBLAS"
 
     def prepare(self, packed: Packed) -> list[Tensor]:
         """See `Kernel.prepare`.

@@ -148,6 +148,51 @@ def add(gated: bool) -> Job:
     return Job("split_triton", "add_kernel", types, constants, 4, 90, False, ["out", "step"])
 
 
+def expanding(arch: int, unaligned: bool = True) -> list[Job]:
+    """The kernels that expand: as layers of ordinary sizes ask for them, or of odd ones."""
+
+    def job(name: str, types: dict[str, str], constants: dict[str, int], *sizes: str) -> Job:
+        types = types | dict.fromkeys(sizes, "i32")
+        odd = list(sizes) if unaligned else []
+        return Job("expand_triton", name, types, constants, 4, arch, False, odd)
+
+    bitmap = {"bitmap": "*u8", "values": "*i16", "counts": "*i32", "ends": "*i64", "out": "*i16"}
+    jobs = [
+        job("count_kernel", {"bitmap": "*u8", "counts": "*i32"}, {"BYTES": 128}, "width"),
+        job("bitmap_kernel", bitmap, {"BYTES": 128}, "columns", "width", "kept"),
+        job("s24_kernel", {"words": "*i32", "out": "*i64"}, {}, "rows", "quads", "chunks"),
+    ]
+    for n, m in ((2, 4), (4, 8), (5, 16), (1, 2)):
+        chunk, out = Chunk(n, m), "*i32" if m == 2 else "*i64"
+        constants = {"N": n, "M": m, "BITS": chunk.bits, "VALUES": chunk.values, "UNITS": 32}
+        types = {"words": "*i32", "out": out}
+        jobs.append(job("gemv_kernel", types, constants, "rows", "units", "chunks"))
+    return jobs
+
+
+@pytest.mark.parametrize("arch", [80, 89, 90, 100])
+def test_what_expands_compiles(arch: int, tmp_path: Path, root: Path) -> None:
+    jobs = expanding(arch)[1:4]
+    for job, one in zip(jobs, found(jobs, tmp_path, root), strict=True):
+        assert one.stack <= 16, f"{job.kernel} spills"
+        assert one.shared <= 16384, job
+        assert one.registers <= 64, job
+
+
+@pytest.mark.slow
+def test_every_variant_of_what_expands_compiles(tmp_path: Path, root: Path) -> None:
+    """Sizes that 16 divides, sizes of 1, and words of 32 and 64 bits."""
+    count, bitmap, s24, *gemvs = expanding(90)
+    jobs = [*expanding(90, unaligned=False), *gemvs[1:]]
+    jobs += [with_ones(count, "width"), with_ones(bitmap, "columns", "width", "kept")]
+    jobs += [with_ones(s24, "rows", "quads", "chunks"), with_ones(gemvs[0], "units", "chunks")]
+    jobs += [
+        replace(bitmap, types=bitmap.types | {"values": word, "out": word})
+        for word in ("*i32", "*i64")
+    ]
+    assert all(one.stack <= 16 for one in found(jobs, tmp_path, root))
+
+
 def test_the_longest_loop_is_found() -> None:
     sass = """
         /*0000*/                   MOV R1, c[0x0][0x28] ;

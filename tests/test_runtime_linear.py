@@ -254,7 +254,7 @@ def test_it_is_exported_and_explained():
     assert llmprune.SparseLinear is SparseLinear
     told = explain(SparseLinear.from_linear(dense(pattern="2:4")), tokens=3)
     assert told.kernel == "expand"
-    assert "12 x 24 2:4, cpu, float32, 3 tokens" in str(told)
+    assert "12 x 24 2:4, cpu, float32" in str(told)
 
 
 def test_compiles_whole():
