@@ -1,13 +1,15 @@
 """Sparse matrix products for few tokens against cuBLAS: first that they are right, then how long they take.
 
-    python benchmarks/few_tokens.py --out FILE [--seconds 150]     on a machine with CUDA
+    python benchmarks/few_tokens.py --out FILE [--seconds 170] [--correct FILE]     on a machine with CUDA
     python benchmarks/few_tokens.py --out FILE --device cpu --small    a rehearsal, in Triton's interpreter
 
-Cold: each call of a CUDA graph reads another copy of the weights, as many as fill the L2 cache four times.
-Graphs of at least 20 calls and all copies are replayed 30 times, all contenders in turn; microseconds of a
-call are the median with quartiles. Bandwidth is set against that of a copy measured in the same process.
-Shapes are taken in turn until `--seconds` are over; what was left out is written down. Every loss stays in
-the table.
+Each kernel by itself, and `dispatch`: an llmprune.SparseLinear as users get it, whatever kernel holds it.
+Beside them the baselines of `baselines.py` that run here. How time is taken says `timing.py`. Bandwidth is
+set against that of a copy measured in the same process. A product is compared with float64 before it is
+timed; one that is wrong gets no figure, and the status is 1. `--correct` leaves out the kernels that
+correct.py found wrong. Shapes are taken in turn until `--seconds` are over; the file is written after every
+shape, and says what was left out. Every loss stays in the table. `tally.py` draws means, targets and the
+first questions of the design from the rows.
 
 This file is not called kernels.py: the folder of a script stands first in Python's path, and transformers
 imports a package of that name.
@@ -17,30 +19,44 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from functools import partial
-from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if "cpu" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"
 
-from compare import _commit
+from baselines import DENSE, MANY, OTHERS, Contender, contenders, difference, refused
+from tally import tally, told
+from timing import (
+    circumstances,
+    copies,
+    copy_speed,
+    graphed,
+    in_turn,
+    matmul_rate,
+    quartiles,
+    write,
+)
 
-from llmprune.kernels.nm_gemv import nm_gemv, pack_gemv
+from llmprune import SparseLinear
+from llmprune.kernels.choice import explain
+from llmprune.kernels.gemv_layout import pack_gemv
+from llmprune.kernels.nm_gemv import nm_gemv
 from llmprune.kernels.packed import pack
-from llmprune.kernels.s24_mma import pack_s24, s24_mma, unavailable
-from llmprune.provenance import versions
+from llmprune.kernels.s24_layout import pack_s24
+from llmprune.kernels.s24_mma import s24_mma, unavailable
 
 SHAPES = {  # [out, in] of the linear layers, q, k and v as one, gate and up as one
     "Llama-3-8B qkv": (6144, 4096),
@@ -54,190 +70,232 @@ SHAPES = {  # [out, in] of the linear layers, q, k and v as one, gate and up as 
     "Qwen3-4B gate_up": (19456, 2560),
     "Qwen3-4B down": (2560, 9728),
 }
+SMALL = {"small": (64, 256), "ragged": (37, 300)}
 TOKENS = (1, 8, 16, 4, 32, 64)
-CALLS, REPLAYS, CACHES = 20, 30, 4
-
-DENSE = "dense"  # F.linear: cuBLAS on a GPU
-Product = Callable[[Tensor], Tensor]
-"""x -> x @ weight.T, for one copy of the weight."""
+OURS = ("nm_gemv", "s24_mma", "dispatch")
 
 
-@dataclass(frozen=True)
-class Contender:
-    """One way to multiply: up to how many tokens, bytes of the weight, a product for each copy of it."""
+@dataclass
+class Bench:
+    """What goes with every shape.
 
-    name: str
-    tokens: int
-    bytes: int
-    products: list[Product]
+    Attributes:
+        device: where all of it runs.
+        copied: GB/s of a copy.
+        ours: the kernels of `OURS` that run here.
+        others: the baselines that run here.
+        wrong: products that were not right, one line each.
+        lost: what could not be measured, and why.
+    """
+
+    device: torch.device
+    copied: float
+    ours: tuple[str, ...]
+    others: tuple[str, ...]
+    wrong: list[str] = field(default_factory=list)
+    lost: dict[str, str] = field(default_factory=dict)
 
 
 def main() -> None:
     """Measure, write the JSON file, print the table."""
+    args = _arguments()
+    device, begun = torch.device(args.device), time.monotonic()
+    shapes = SMALL if args.small else SHAPES
+    found = (
+        json.loads(args.correct.read_text()) if args.correct and args.correct.is_file() else None
+    )
+    against = _against(found, device)
+    others = refused(device)
+    bench = Bench(
+        device,
+        copy_speed(device, args.small),
+        tuple(name for name in OURS if name not in against),
+        tuple(name for name in OTHERS if others[name] is None),
+    )
+    result: dict[str, Any] = {
+        **circumstances(device, args.small),
+        "copy_gb_per_s": bench.copied,
+        "matmul_tflops": matmul_rate(device, args.small),
+        "not_here": {**against, **{name: why for name, why in others.items() if why}},
+        "correct": None if found is None else {k: found[k] for k in ("right", "parts")},
+        "wrong": bench.wrong,
+        "lost": bench.lost,
+    }
+    rows, left = list[dict[str, Any]](), list(shapes)
+    hot = _hot(bench) if device.type == "cuda" and "s24_mma" in bench.ours else None
+    for name, shape in shapes.items():
+        if time.monotonic() - begun > args.seconds:
+            break
+        for row in _shape(bench, name, shape, (1, 3) if args.small else TOKENS):
+            rows.append(row)
+            print(_line(row), flush=True)
+        left.remove(name)
+        result |= {"hot": hot, "rows": rows, "left_out": left, **tally(rows, hot, result)}
+        write(args.out, result)
+    print(told(result))
+    if left:
+        print(f"left out after {args.seconds:.0f} s: {'; '.join(left)}")
+    if bench.wrong:
+        raise SystemExit(f"wrong: {'; '.join(bench.wrong)}")
+
+
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="a rehearsal with tiny shapes")
-    parser.add_argument("--seconds", type=float, default=150, help="when to begin no further shape")
-    args = parser.parse_args()
-    device, begun = torch.device(args.device), time.monotonic()
-    shapes = {"small": (64, 256), "ragged": (37, 300)} if args.small else SHAPES
-    copied = _copy_speed(device, args.small)
-    refused = unavailable(device)
-    rows, left = list[dict[str, Any]](), list[str]()
-    for name, shape in shapes.items():
-        if time.monotonic() - begun > args.seconds:
-            left.append(name)
-            continue
-        random = torch.Generator(device).manual_seed(0)
-        dense = _matrix(shape, device, random)
-        contenders = list(_contenders(dense, refused is None))
-        for tokens in (1, 3) if args.small else TOKENS:
-            x = torch.randn(tokens, shape[1], device=device, generator=random).bfloat16()
-            now = [c for c in contenders if tokens <= c.tokens]
-            _check(name, now, x, dense)
-            for row in _measure(now, x, copied):
-                rows.append({"shape": name, "size": shape, "tokens": tokens, **row})
-                print(_line(rows[-1]), flush=True)
-    result = {
-        "versions": {**versions(device), "triton": version("triton")},
-        "commit": _commit(),
-        "command": " ".join(sys.argv),
-        "small": args.small,
-        "copy_gb_per_s": copied,
-        "s24_mma_refused": refused,
-        "rows": rows,
-        "geometric_means": _means(rows),
-        "left_out": left,
-    }
-    args.out.write_text(json.dumps(result, indent=2) + "\n")
-    for what, mean in result["geometric_means"].items():
-        print(f"geometric mean over the shapes, {what}: {mean:.3f} x dense")
-    if refused:
-        print(f"not s24_mma: {refused}")
-    if left:
-        print(f"left out after {args.seconds:.0f} s: {'; '.join(left)}")
+    parser.add_argument("--seconds", type=float, default=170, help="when to begin no further shape")
+    parser.add_argument("--correct", type=Path, help="what correct.py wrote")
+    return parser.parse_args()
 
 
-def _contenders(dense: Tensor, with_s24: bool) -> Iterator[Contender]:
-    """The dense product and the kernels, each on copies of its own weight."""
-    linear = torch.nn.functional.linear
-    yield Contender(DENSE, 10**9, dense.nbytes, [partial(linear, weight=w) for w in _copies(dense)])
+def _against(correct: dict[str, Any] | None, device: torch.device) -> dict[str, str]:
+    """What speaks against each kernel of ours."""
+    found = {}
+    if why := unavailable(device):
+        found["s24_mma"] = why
+    if correct is not None:
+        found |= {name: "wrong, says correct.py" for name in OURS if not correct["right"][name]}
+    return found
+
+
+def _shape(
+    bench: Bench, name: str, shape: tuple[int, int], several: tuple[int, ...]
+) -> Iterator[dict[str, Any]]:
+    """The rows of one shape."""
+    random = torch.Generator(bench.device).manual_seed(0)
+    dense = _matrix(shape, bench.device, random)
+    others = bench.others if shape[1] % 128 == 0 else ()
+    layer = _layer(dense) if "dispatch" in bench.ours else None
+    everyone = [*contenders(dense, others), *_ours(dense, layer, bench.ours)]
+    for tokens in several:
+        x = torch.randn(tokens, shape[1], device=bench.device, generator=random).bfloat16()
+        now = _right(bench, f"{name}, {tokens} tokens", everyone, x, dense)
+        for row in _measure(bench, now, x, f"{name}, {tokens} tokens"):
+            held = {}
+            if row["kernel"] == "dispatch" and layer is not None:
+                explanation = explain(layer, tokens)
+                held = {"held": explanation.kernel, "route": explanation.route}
+            yield {"shape": name, "size": shape, "tokens": tokens, **row, **held}
+
+
+def _ours(dense: Tensor, layer: SparseLinear | None, names: tuple[str, ...]) -> Iterator[Contender]:
+    """The kernels, each on copies of its own weight."""
     packed = pack(dense)
-    gemv = pack_gemv(packed, 2, 4)
-    layouts = [replace(gemv, words=words) for words in _copies(gemv.words)]
-    yield Contender("nm_gemv", 8, gemv.bytes, [partial(nm_gemv, layout=w) for w in layouts])
-    if with_s24:
+    if "nm_gemv" in names:
+        gemv = pack_gemv(packed, 2, 4)
+        layouts = [replace(gemv, words=words) for words in copies(gemv.words)]
+        yield Contender("nm_gemv", 8, gemv.bytes, [partial(nm_gemv, layout=w) for w in layouts])
+    if "s24_mma" in names:
         s24 = pack_s24(packed)
-        copies = [replace(s24, words=words) for words in _copies(s24.words)]
-        yield Contender("s24_mma", 64, s24.bytes, [partial(s24_mma, layout=w) for w in copies])
+        held = [replace(s24, words=words) for words in copies(s24.words)]
+        yield Contender("s24_mma", 64, s24.bytes, [partial(s24_mma, layout=w) for w in held])
+    if layer is not None:
+        taken = sum(t.nbytes for t in chain(layer.parameters(), layer.buffers()))
+        again = len(copies(dense.flatten()[: max(1, taken // dense.element_size())]))
+        layers = [layer, *(deepcopy(layer) for _ in range(again - 1))]
+        yield Contender("dispatch", MANY, taken, list(layers))
 
 
-def _check(name: str, contenders: list[Contender], x: Tensor, dense: Tensor) -> None:
-    """Stop unless each error against float64 is at most twice that of the dense product, the first."""
+def _layer(dense: Tensor) -> SparseLinear:
+    linear = nn.Linear(*dense.shape[::-1], bias=False, device="meta")
+    linear.weight = nn.Parameter(dense, requires_grad=False)
+    return SparseLinear.from_linear(linear)
+
+
+def _right(
+    bench: Bench, where: str, everyone: list[Contender], x: Tensor, dense: Tensor
+) -> list[Contender]:
+    """Those for so many tokens that are right; the others are written down.
+
+    Our error against float64 is at most twice that of the dense product, the first. A rounded weight is
+    compared with what it stands for: to 2% of the norm of the product.
+    """
     exact = x.double() @ dense.double().T
-    errors = {c.name: float((c.products[0](x).double() - exact).abs().max()) for c in contenders}
-    most = 2 * errors[DENSE]
+    now = [c for c in everyone if len(x) <= c.tokens]
+    most = 2 * float((now[0].products[0](x).double() - exact).abs().max())
     if x.device.type == "cpu":  # the interpreter cuts off instead of rounding
         most += float(exact.abs().max()) * 2**-7
-    if not all(error <= most for error in errors.values()):  # a NaN is wrong, too
-        raise SystemExit(f"wrong on {name}, {len(x)} tokens: errors {errors}, at most {most}")
+    good = []
+    for contender in now:
+        if contender.name in OTHERS:
+            off = difference(contender, x, dense)
+            if not off < 0.02:
+                bench.lost[f"{contender.name}, {where}"] = f"off by {off:.3g} of the norm"
+                continue
+        else:
+            error = float((contender.products[0](x).double() - exact).abs().max())
+            if not error <= most:  # a NaN is wrong, too
+                bench.wrong.append(
+                    f"{contender.name}, {where}: error {error:.3g}, at most {most:.3g}"
+                )
+                continue
+        good.append(contender)
+    return good
 
 
-def _measure(contenders: list[Contender], x: Tensor, copied: float) -> Iterator[dict[str, Any]]:
+def _measure(
+    bench: Bench, several: list[Contender], x: Tensor, where: str
+) -> Iterator[dict[str, Any]]:
     """Quartiles of the microseconds of a call, all contenders in turn."""
-    runs = {c.name: _run(c.products, x) for c in contenders}
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(3 if x.device.type == "cpu" else REPLAYS):
-        for name, run in runs.items():
-            times[name].append(run())
-    for c in contenders:
-        middle = statistics.median(times[c.name])
+    runs = {}
+    for c in several:
+        try:
+            runs[c.name] = graphed([partial(product, x) for product in c.products], bench.device)
+        except RuntimeError as error:
+            said = f"not to be captured: {str(error).splitlines()[0]}"
+            if c.name in OTHERS:
+                bench.lost[f"{c.name}, {where}"] = said
+            else:
+                bench.wrong.append(f"{c.name}, {where}: {said}")
+    times = in_turn(runs, bench.device)
+    for c in several:
+        if c.name not in times:
+            continue
+        low, middle, high = quartiles(times[c.name])
         yield {
             "kernel": c.name,
-            "us": statistics.quantiles(times[c.name], n=4, method="inclusive"),
-            "against_dense": statistics.median(times[DENSE]) / middle,
-            "of_copy": c.bytes / middle / 1e3 / copied,
+            "us": [low, middle, high],
+            "replays": len(times[c.name]),
+            "against_dense": median(times[DENSE]) / middle,
+            "of_copy": c.bytes / middle / 1e3 / bench.copied,
         }
 
 
-def _copies(tensor: Tensor) -> list[Tensor]:
-    """As many copies as fill the L2 cache `CACHES` times; one on a CPU."""
-    if tensor.device.type == "cpu":
-        return [tensor]
-    cache = torch.cuda.get_device_properties(tensor.device).L2_cache_size
-    return [tensor, *(tensor.clone() for _ in range(CACHES * cache // tensor.nbytes))]
+def _hot(bench: Bench) -> dict[str, Any]:
+    """Microseconds of s24_mma on one matrix that stays in the L2 cache: what computing alone takes."""
+    random = torch.Generator(bench.device).manual_seed(0)
+    dense = _matrix((8192, 8192), bench.device, random)
+    layout = pack_s24(pack(dense))
+    found: dict[str, Any] = {"size": list(dense.shape), "bytes": layout.bytes, "us": {}}
+    for tokens in TOKENS:
+        x = torch.randn(tokens, 8192, device=bench.device, generator=random).bfloat16()
+        run = graphed([partial(s24_mma, x, layout)], bench.device)
+        found["us"][str(tokens)] = quartiles(in_turn({"hot": run}, bench.device)["hot"])
+    return found
+
+
+def two_of_four(weight: Tensor) -> Tensor:
+    """A matrix with the two smallest of every four zero; of equal ones the first is kept."""
+    parts = []
+    before = torch.ones(4, 4, dtype=torch.bool, device=weight.device).tril(-1)
+    for part in weight.split(2048):  # bounds the memory
+        size = part.abs().unflatten(1, (-1, 4))
+        mine, other = size[..., None], size[..., None, :]
+        rank = ((other > mine) | ((other == mine) & before)).sum(-1)
+        parts.append(part * (rank < 2).flatten(1))
+    return torch.cat(parts)
 
 
 def _matrix(shape: tuple[int, int], device: torch.device, random: torch.Generator) -> Tensor:
-    """A random 2:4 matrix: the two smallest of every four are zero."""
-    groups = torch.randn(shape[0], shape[1] // 4, 4, device=device, generator=random).bfloat16()
-    least = groups.abs().topk(2, dim=-1, largest=False).indices
-    return groups.scatter(-1, least, 0).reshape(shape)
-
-
-def _run(products: list[Product], x: Tensor) -> Callable[[], float]:
-    """A function that gives the microseconds of a call: on a GPU, of the mean call of one graph."""
-    products[0](x)
-    if x.device.type == "cpu":
-        return lambda: _clock(lambda: products[0](x))
-    torch.cuda.synchronize()
-    calls = max(CALLS, len(products))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(calls):
-            products[i % len(products)](x)
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-
-    def replay() -> float:
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) * 1e3 / calls
-
-    replay()
-    return replay
-
-
-def _clock(job: Callable[[], object]) -> float:
-    begun = time.perf_counter()
-    job()
-    return (time.perf_counter() - begun) * 1e6
-
-
-def _copy_speed(device: torch.device, small: bool) -> float:
-    """GB/s that a plain copy reads and writes, the best of ten."""
-    source = torch.zeros(2**20 if small else 2**30, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    best = math.inf
-    for _ in range(10):
-        if device.type == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            target.copy_(source)
-            end.record()
-            end.synchronize()
-            best = min(best, begin.elapsed_time(end) / 1e3)
-        else:
-            best = min(best, _clock(lambda: target.copy_(source)) / 1e6)
-    return 2 * source.nbytes / best / 1e9
-
-
-def _means(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Geometric mean of the gain over all shapes, by kernel and tokens: losses among them."""
-    groups: dict[str, list[float]] = {}
-    for row in rows:
-        if row["kernel"] != DENSE:
-            key = f"{row['kernel']}, {row['tokens']} tokens"
-            groups.setdefault(key, []).append(row["against_dense"])
-    return {key: statistics.geometric_mean(gains) for key, gains in groups.items()}
+    return two_of_four(torch.randn(shape, device=device, generator=random).bfloat16())
 
 
 def _line(row: dict[str, Any]) -> str:
+    held = f"  {row['held']}" if "held" in row else ""
     return (
-        f"{row['shape']:<20} {row['tokens']:>3} tokens  {row['kernel']:<8} {row['us'][1]:>9.1f} us  "
-        f"{row['against_dense']:.2f} x dense  {row['of_copy']:.0%} of a copy"
+        f"{row['shape']:<20} {row['tokens']:>3} tokens  {row['kernel']:<12} {row['us'][1]:>9.1f} us  "
+        f"{row['against_dense']:.2f} x dense  {row['of_copy']:.0%} of a copy{held}"
     )
 
 

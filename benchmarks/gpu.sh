@@ -1,25 +1,80 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one go: tests marked gpu, sparse products against cuBLAS, CUDA against CPU,
-# seconds, one block against the papers' formulation (128 windows of 2048), whole runs from disk to disk. Leaves
-# JSON in DIR.
-#   bash benchmarks/gpu.sh DIR            on a machine with CUDA
+# The kernels for packed matrices on a GPU, within eight minutes: whether they are right, how long products take,
+# how long a whole model takes. Leaves JSON in DIR, prints short tables.
+#   bash benchmarks/gpu.sh DIR                         on a machine with CUDA
 #   bash benchmarks/gpu.sh DIR --device cpu --small    a rehearsal without one
-set -euo pipefail
+#   bash benchmarks/gpu.sh DIR --pruning [...]         instead: pruning on CUDA. Tests marked gpu (with pytest),
+#       CUDA against CPU, one block against the papers' formulation, whole runs from disk to disk (4 GB of disk)
+# Needs no installation: PYTHON chooses the interpreter, COMMIT says which commit it is where git does not.
+# The status is 1 if something was wrong or broke off; what was measured until then is in DIR all the same.
+set -uo pipefail
 cd "$(dirname "$0")/.."
-out=${1:?usage: benchmarks/gpu.sh DIR [--device cpu --small]}
+out=${1:?usage: benchmarks/gpu.sh DIR [--pruning] [--device cpu --small]}
 shift
-mkdir -p "$out"
+mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
 python=${PYTHON:-python3}
-"$python" -m pytest -q -m gpu tests || [ $? -eq 5 ] # 5: every test was deselected
-PYTHONPATH=. "$python" benchmarks/few_tokens.py --out "$out/few_tokens_cuda.json" --seconds 120 "$@"
-PYTHONPATH=. "$python" benchmarks/gpu.py --out "$out/prune_cuda.json" "$@"
-PYTHONPATH=. "$python" benchmarks/speed.py --out "$out/speed_block_cuda.json" \
-    --shapes 8b --windows 128 --seqlen 2048 --dtype bfloat16 --device cuda "$@"
-case " $* " in *" --small "*) exit 0 ;; esac # the runs below need a GPU and 4 GB of disk
-big=$(mktemp -d)
-trap 'rm -rf "$big"' EXIT
-PYTHONPATH=. "$python" benchmarks/big.py make "$big/model" --shape 8b --blocks 4
-for method in wanda sparsegpt; do
-    PYTHONPATH=. "$python" benchmarks/big.py run "$big/model" --method "$method" \
-        --windows 128 --seqlen 2048 --threads 16 --out "$out/big_cuda.json"
-done
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+failed=() late=()
+whole=470 caps=1 # seconds for everything; a rehearsal takes what it takes
+case " $* " in *" --small "*) whole=47000 caps=100 ;; esac
+
+# part NAME SECONDS COMMAND...: run it that long at most; remember what went wrong, go on.
+part() {
+    local name=$1 most=$(($2 * caps)) left=$((whole - SECONDS)) status
+    shift 2
+    if [ "$left" -lt 20 ]; then
+        late+=("$name: not begun")
+        return
+    fi
+    [ "$most" -le "$left" ] || most=$left
+    echo "== $name (at most $most s)"
+    timeout -k 5 "$most" "$python" "$@"
+    status=$?
+    case $status in
+    0) ;;
+    124 | 137) late+=("$name: ended after $most s") ;;
+    *) failed+=("$name: status $status") ;;
+    esac
+    return $status
+}
+
+ended() {
+    echo "== $SECONDS s; JSON in $out"
+    [ ${#late[@]} = 0 ] || printf 'for want of time: %s\n' "${late[@]}"
+    [ ${#failed[@]} = 0 ] || printf 'FAILED: %s\n' "${failed[@]}"
+    [ ${#failed[@]} = 0 ]
+}
+
+if [ "${1:-}" = --pruning ]; then
+    shift
+    whole=1000000
+    if "$python" -c 'import pytest' 2>/dev/null; then
+        "$python" -m pytest -q -m gpu tests
+        case $? in 0 | 5) ;; *) failed+=("pytest -m gpu") ;; esac # 5: every test was deselected
+    else
+        late+=("pytest -m gpu: pytest is not installed")
+    fi
+    part "CUDA against CPU" 3600 benchmarks/gpu.py --out "$out/prune_cuda.json" "$@"
+    part "one block" 3600 benchmarks/speed.py --out "$out/speed_block_cuda.json" \
+        --shapes 8b --windows 128 --seqlen 2048 --dtype bfloat16 --device cuda "$@"
+    case " $* " in *" --small "*) ended && exit 0 || exit 1 ;; esac # the runs below need a GPU
+    big=$(mktemp -d)
+    trap 'rm -rf "$big"' EXIT
+    part "a model" 3600 benchmarks/big.py make "$big/model" --shape 8b --blocks 4
+    for method in wanda sparsegpt; do
+        part "$method from disk to disk" 3600 benchmarks/big.py run "$big/model" --method "$method" \
+            --windows 128 --seqlen 2048 --threads 16 --out "$out/big_cuda.json"
+    done
+    ended && exit 0 || exit 1
+fi
+
+model=()
+case " $* " in *" --small "*) model=(--layers 2 --rounds 2) ;; esac
+if ! part "right" 110 benchmarks/correct.py --out "$out/correct.json" "$@"; then
+    [ ${#failed[@]} != 0 ] || failed+=("right: not known in time")
+fi
+part "few tokens" 205 benchmarks/few_tokens.py --out "$out/few_tokens.json" \
+    --correct "$out/correct.json" --seconds 150 "$@"
+part "end to end" 160 benchmarks/end_to_end.py --out "$out/end_to_end.json" \
+    --seconds $((whole - SECONDS < 160 ? whole - SECONDS - 35 : 125)) "${model[@]}" "$@"
+ended && exit 0 || exit 1

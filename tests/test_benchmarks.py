@@ -37,35 +37,6 @@ def test_the_papers_formulation_and_llmprune_agree_on_a_tiny_block(
     assert done.stdout.count("times as fast as naive") == 2
 
 
-def test_sparse_products_are_compared_before_they_are_timed(root: Path, tmp_path: Path) -> None:
-    pytest.importorskip("triton", reason="triton is not installed on this platform")
-    out = tmp_path / "few_tokens.json"
-    command = [sys.executable, "benchmarks/few_tokens.py", "--device", "cpu", "--small"]
-    command += ["--out", str(out)]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(out.read_text())
-    found = [(row["shape"], row["tokens"], row["kernel"]) for row in result["rows"]]
-    assert found == list(product(("small", "ragged"), (1, 3), ("dense", "nm_gemv")))
-    assert result["s24_mma_refused"] == "needs an NVIDIA GPU"
-    assert "not s24_mma: needs an NVIDIA GPU" in done.stdout
-
-
-@pytest.mark.parametrize("off", [1.0, float("nan")])
-def test_no_microseconds_for_a_wrong_product(
-    off: float, root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(str(root / "benchmarks"))
-    few_tokens = importlib.import_module("few_tokens")
-    dense, x = torch.randn(8, 16).bfloat16(), torch.randn(2, 16).bfloat16()
-    right = few_tokens.Contender("dense", 64, 1, [lambda x: x @ dense.T])
-    wrong = few_tokens.Contender("wrong", 64, 1, [lambda x: x @ dense.T + off])
-    few_tokens._check("a shape", [right, right], x, dense)
-    with pytest.raises(SystemExit, match="wrong on a shape, 2 tokens"):
-        few_tokens._check("a shape", [right, wrong], x, dense)
-
-
 def test_no_figure_for_masks_that_differ(speed: Any) -> None:
     mine = torch.ones(100, 100, dtype=torch.bool)
     theirs = mine.clone()
