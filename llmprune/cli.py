@@ -114,7 +114,7 @@ def prune(argv: Sequence[str], ranks: Ranks) -> int:
     config = PruneConfig(
         sparsity=args.sparsity,
         method=args.method,
-        settings=_settings(args.set),
+        settings=_settings(args.set, "--set"),
         within=args.within,
         ragged=args.ragged,
         targets=args.targets,
@@ -127,6 +127,8 @@ def prune(argv: Sequence[str], ranks: Ranks) -> int:
         batch_size=args.batch_size,
         calibrate_all_experts=args.calibrate_all_experts,
         sums=args.sums,
+        repair=args.repair,
+        repair_settings=_settings(args.repair_set, "--repair-set"),
     )
     run(
         Job(
@@ -151,13 +153,13 @@ def prune(argv: Sequence[str], ranks: Ranks) -> int:
     return 0
 
 
-def _settings(pairs: Sequence[str]) -> dict[str, str]:
+def _settings(pairs: Sequence[str], option: str) -> dict[str, str]:
     """`key=value` texts as a mapping."""
     settings: dict[str, str] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key:
-            raise ConfigError(f"--set takes key=value, got {pair!r}")
+            raise ConfigError(f"{option} takes key=value, got {pair!r}")
         settings[key] = value
     return settings
 

@@ -11,6 +11,8 @@ from llmprune.errors import ConfigError
 from llmprune.methods.base import Method
 from llmprune.pattern import Pattern, Within, parse
 from llmprune.prune_matrix import Task
+from llmprune.refine import settings as repairs
+from llmprune.refine.settings import Repair
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class PruneConfig:
         batch_size: windows at once; None fits the device. Does not change results beyond rounding.
         calibrate_all_experts: every expert learns from all tokens, not from those routed to it.
         sums: float32, or float64 at three times the memory, rounded once: see `--help`.
+        repair: tune each block, once it is pruned, towards what it gave before.
+        repair_settings: the fields of `llmprune.refine.settings.Repair`.
     """
 
     sparsity: float | str | Pattern = 0.5
@@ -50,9 +54,12 @@ class PruneConfig:
     batch_size: int | None = None
     calibrate_all_experts: bool = False
     sums: Literal["float32", "float64"] = "float32"
+    repair: bool = False
+    repair_settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.built()
+        self.repairing()
         if self.ragged not in ("error", "dense"):
             raise ConfigError(f"ragged is error or dense, got {self.ragged!r}")
         if self.sums not in ("float32", "float64"):
@@ -74,14 +81,26 @@ class PruneConfig:
         pattern = method.resolve(parse(self.sparsity, self.within))
         return method, pattern
 
+    def repairing(self) -> Repair | None:
+        """How blocks are repaired; None where they are not.
+
+        Raises:
+            ConfigError: when a setting makes no sense, or there are some without a repair.
+        """
+        if self.repair_settings and not self.repair:
+            given = ", ".join(self.repair_settings)
+            raise ConfigError(f"{given} is of a repair: add --repair (repair=True)")
+        return repairs.build(self.repair_settings) if self.repair else None
+
     def task(self) -> Task:
         """What these settings do to every matrix."""
         flood, wide = self.calibrate_all_experts, self.sums == "float64"
-        return Task(*self.built(), self.ragged == "dense", flood, wide)
+        return Task(*self.built(), self.ragged == "dense", flood, wide, repair=self.repairing())
 
     def recipe(self) -> dict[str, Any]:
         """The settings as plain JSON types, with defaults spelled out."""
         method, pattern = self.built()
+        repair = self.repairing()
         return {
             "method": self.method,
             "settings": method.settings(),
@@ -94,4 +113,6 @@ class PruneConfig:
             "batch_size": self.batch_size,
             "calibrate_all_experts": self.calibrate_all_experts,
             "sums": self.sums,
+            "repair": repair is not None,
+            "repair_settings": repair.as_dict() if repair else {},
         }

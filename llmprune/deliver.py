@@ -16,6 +16,8 @@ from llmprune.checkpoint.verify import check_matrix, expectations
 from llmprune.errors import CheckpointError, NumericalError
 from llmprune.model import Matrix
 from llmprune.prune_matrix import Done, Task
+from llmprune.refine.settings import Repair
+from llmprune.refine.tuned import tunable
 from llmprune.workplace import Workplace
 
 
@@ -114,8 +116,8 @@ def _digest(parameter: Tensor, dtype: torch.dtype | None) -> str:
     return hashlib.sha256(tensors.raw(rounded)).hexdigest()
 
 
-def check_layout(shelf: Shelf, chosen: Sequence[Matrix]) -> None:
-    """Refuse, before any work, matrices that cannot be put back into the checkpoint's own layout.
+def check_layout(shelf: Shelf, chosen: Sequence[Matrix], repair: Repair | None = None) -> None:
+    """Refuse, before any work, what will change and cannot be put back into the checkpoint's own layout.
 
     Raises:
         ModelError: naming the parameter.
@@ -123,12 +125,11 @@ def check_layout(shelf: Shelf, chosen: Sequence[Matrix]) -> None:
     for index in sorted({m.block for m in chosen if m.block is not None}):
         prefix = f"{shelf.prefix}.{index}."
         named = {prefix + n: p for n, p in shelf.layers[index].named_parameters()}
-        to_files(
-            shelf.model,
-            shelf.stored,
-            _bare(named),
-            {m.parameter_name for m in chosen if m.block == index},
-        )
+        wanted = {m.parameter_name for m in chosen if m.block == index}
+        if repair is not None:
+            pruned = {id(m.parameter) for m in chosen if m.block == index}
+            wanted |= {name for name, _ in tunable(shelf.model, index, pruned, repair.tune)}
+        to_files(shelf.model, shelf.stored, _bare(named), wanted)
     outside = {m.parameter_name: m.parameter for m in chosen if m.block is None}
     to_files(shelf.model, shelf.stored, _bare(outside), set(outside))
 

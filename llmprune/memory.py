@@ -20,6 +20,10 @@ from llmprune.rounds import least_statistics
 TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 8192}
 """Default batch. On two CPU cores 1024 tokens take a fifth less time than 4096 (a block's intermediate
 results stay in the cache); the number for CUDA is not measured yet."""
+STATE = (
+    17  # bytes for a weight under repair: its float32 value, gradient and two means, and its mask
+)
+SAVED = 300  # bytes that a backward pass takes per token and unit of width: an estimate, on the safe side
 SLACK = 2**30  # python, torch, the libraries and one matrix's working copies
 
 
@@ -107,17 +111,37 @@ def of_model(model: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in unique.values())
 
 
+def of_repair(block: nn.Module, tokens: int) -> int:
+    """Bytes that the repair of `block` takes beside its weights, on `tokens` at once."""
+    unique = {id(p): p for p in block.parameters()}.values()
+    state = sum(p.numel() * (STATE + 2 * p.element_size()) for p in unique)
+    width = max((min(p.shape[-2:]) for p in unique if p.dim() > 1), default=0)
+    return state + tokens * width * SAVED
+
+
 def room_for_statistics(budget: Budget, block: nn.Module) -> int:
     """Bytes that the statistics of `block` may take while it is in memory."""
     return max(0, budget.device - of_model(block) - SLACK)
 
 
-def least(blocks: Sequence[nn.Module], chosen: Sequence[Matrix], method: Method[Any]) -> int:
-    """Bytes that the largest block needs while it is pruned: weights, statistics and `SLACK`."""
-    return SLACK + max(
-        of_model(block) + least_statistics([m for m in chosen if m.block == i], method)
-        for i, block in enumerate(blocks)
-    )
+def least(
+    blocks: Sequence[nn.Module],
+    chosen: Sequence[Matrix],
+    method: Method[Any],
+    tokens: int | None = None,
+) -> int:
+    """Bytes that the largest block needs while it is pruned: weights, statistics and `SLACK`.
+
+    Where blocks are repaired, on so many `tokens` at once, there is that instead of statistics.
+    """
+    needs = []
+    for i, block in enumerate(blocks):
+        here = [m for m in chosen if m.block == i]
+        extra = least_statistics(here, method)
+        if tokens is not None and here:
+            extra = max(extra, of_repair(block, tokens))
+        needs.append(of_model(block) + extra)
+    return SLACK + max(needs)
 
 
 def fits(model: nn.Module, budget: Budget) -> bool:

@@ -81,7 +81,7 @@ def matrices(
     if targets:
         chosen = [m for m in found if any(_matches(t, m.name, m.module) for t in targets)]
     else:
-        chosen = [m for m in found if not _is_router(m)]
+        chosen = [m for m in found if not is_router(m.name)]
         experts.refuse_flat(layers)
     chosen = [m for m in chosen if not any(_matches(i, m.name, m.module) for i in ignore)]
     if not chosen:
@@ -141,10 +141,10 @@ def _is_matrix(module: nn.Module) -> bool:
     return isinstance(weight, nn.Parameter) and weight.dim() == 2 and weight.is_floating_point()
 
 
-def _is_router(matrix: Matrix) -> bool:
-    """Whether a matrix chooses experts; its outputs are decisions, not features."""
-    last = matrix.name.split(".")[-1]
-    return last in {"gate", "router", "shared_expert_gate"} or "router" in matrix.name.split(".")
+def is_router(name: str) -> bool:
+    """Whether the module called `name` chooses experts; its outputs are decisions, not features."""
+    parts = name.split(".")
+    return parts[-1] in {"gate", "router", "shared_expert_gate"} or "router" in parts
 
 
 def _matches(entry: str, name: str, module: nn.Module) -> bool:
@@ -251,4 +251,4 @@ def sparsity(model: nn.Module) -> float:
 
 
 def _decoder_matrices(model: nn.Module) -> Iterator[Matrix]:
-    return (m for m in every_matrix(model) if m.block is not None and not _is_router(m))
+    return (m for m in every_matrix(model) if m.block is not None and not is_router(m.name))

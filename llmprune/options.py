@@ -107,6 +107,19 @@ def _pruning_options(parser: argparse.ArgumentParser) -> None:
         help="rows that n:m does not divide: refuse, or leave such a matrix dense and report it",
     )
     group.add_argument(
+        "--repair",
+        action="store_true",
+        help="after each block is pruned, tune what is left of it towards what the dense block gave",
+    )
+    group.add_argument(
+        "--repair-set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a setting of the repair: epochs, rate, batch, seconds (per block), held_out, patience, tune, "
+        "seed",
+    )
+    group.add_argument(
         "--max-memory",
         metavar="SIZE",
         help="memory the run may use, such as 16GB, or 0=40GB,cpu=100GB for GPU 0 and main memory: "

@@ -15,6 +15,7 @@ from llmprune.errors import ConfigError, ModelError, NumericalError
 from llmprune.methods.base import Method, Pruned
 from llmprune.model import Matrix
 from llmprune.pattern import NM, Pattern, true_in
+from llmprune.refine.settings import Repair
 from llmprune.report import LayerReport
 from llmprune.stats import InputSample, Stats
 
@@ -32,6 +33,7 @@ class Task:
         all_experts: let every expert learn from all tokens, not from those that are routed to it.
         wide: sum statistics in float64.
         room: bytes that the statistics of a block may take at once; None is any number.
+        repair: how each block is repaired once it is pruned; None is not at all.
     """
 
     method: Method[Any]
@@ -40,6 +42,12 @@ class Task:
     all_experts: bool = False
     wide: bool = False
     room: int | None = None
+    repair: Repair | None = None
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether calibration data has to pass through the model."""
+        return self.method.stats.needs_data or self.repair is not None
 
 
 @dataclass(frozen=True)

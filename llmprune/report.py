@@ -21,7 +21,7 @@ class LayerReport:
         shape: (out, in).
         kept: number of weights that stay.
         sparsity: share removed.
-        weight_error: ||W - B||^2 / ||W||^2.
+        weight_error: ||W - B||^2 / ||W||^2, as pruned: a repair comes later.
         output_error: ||X (W - B)^T||^2 / ||X W^T||^2 on a sample of the calibration tokens that reach
             it; None when no data passed through (magnitude).
         tokens: calibration tokens behind its statistics.
@@ -42,6 +42,35 @@ class LayerReport:
     skipped: str | None = None
     notes: dict[str, float | int | str] = field(default_factory=dict)
     expert: int | None = None
+
+
+@dataclass(frozen=True)
+class RepairReport:
+    """What the repair of one block did. Errors are ||given - wanted||^2 / ||wanted||^2 of its output.
+
+    Attributes:
+        block: its index.
+        before: error on windows that it learns from, as many as are held out.
+        after: the same after the repair.
+        held_out_before: error on windows that are held out.
+        held_out_after: the same after the repair; never more than before.
+        epochs: how often it went through the windows.
+        best_epoch: the one whose result was kept; 0 where none was better than no repair.
+        windows: that it learnt from.
+        held_out_windows: that it did not.
+        seconds: wall clock.
+    """
+
+    block: int
+    before: float
+    after: float
+    held_out_before: float
+    held_out_after: float
+    epochs: int
+    best_epoch: int
+    windows: int
+    held_out_windows: int
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -89,7 +118,8 @@ class Report:
         walk: what the run of a block started from: `blocks`, the stored output of the block before;
             `whole model`, the tokens, in a family that keeps state outside its blocks; None when the
             method needs no data.
-        calibration: None when the method needs no data.
+        repair: one entry per block that was repaired.
+        calibration: None when no data was needed.
         perplexity: by name, `dense` and `pruned`, when measured.
         seconds: wall clock by phase: `load`, `calibrate`, `prune`, ...
         versions: of python and the packages, the platform and the device.
@@ -99,6 +129,7 @@ class Report:
     model: dict[str, Any]
     layers: list[LayerReport]
     walk: str | None = None
+    repair: list[RepairReport] = field(default_factory=list)
     calibration: CalibrationReport | None = None
     perplexity: dict[str, PerplexityReport] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -145,12 +176,27 @@ class Report:
             lines.append(
                 f"damping raised: {len(raised)} (most at {most.name}, to {most.notes['damping']:g})"
             )
+        lines += self._repaired()
         for name, result in self.perplexity.items():
             lines.append(
                 f"perplexity {name:<8} {result.perplexity:>10.3f} +- {result.standard_error:.3f}"
                 f"   ({result.dataset}, {result.windows} windows of {result.seqlen})"
             )
         return "\n".join(lines)
+
+    def _repaired(self) -> list[str]:
+        """What the repair of all blocks did, in a line."""
+        if not self.repair:
+            return []
+        before, after = (
+            sum(getattr(block, f"held_out_{when}") for block in self.repair) / len(self.repair)
+            for when in ("before", "after")
+        )
+        seconds = sum(block.seconds for block in self.repair)
+        return [
+            f"repaired: {len(self.repair)} blocks, error of their output on held-out windows "
+            f"{before:.4f} -> {after:.4f}, {seconds:.0f} s"
+        ]
 
     def _experts(self) -> list[str]:
         """How many tokens the experts saw, and which were too few for the method."""

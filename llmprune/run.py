@@ -29,10 +29,11 @@ from llmprune.model import (
 from llmprune.observe import check_floodable
 from llmprune.pattern import Pattern, Within
 from llmprune.preserve import evaluating, random_state
-from llmprune.progress import Bar
+from llmprune.progress import Bar, timed
 from llmprune.provenance import describe, versions
 from llmprune.prune_matrix import Task, check_fit, prune_matrix
-from llmprune.report import LayerReport, Report
+from llmprune.refine.repair import check_repairable
+from llmprune.report import LayerReport, RepairReport, Report
 from llmprune.sweep import prune_blocks
 from llmprune.walk import Walker
 from llmprune.whole import checked_walker
@@ -57,6 +58,8 @@ def prune(
     batch_size: int | None = None,
     calibrate_all_experts: bool = False,
     sums: Literal["float32", "float64"] = "float32",
+    repair: bool = False,
+    repair_settings: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Report:
     """Prune a causal language model of transformers, in place.
@@ -83,6 +86,8 @@ def prune(
         batch_size: windows at once.
         calibrate_all_experts: every expert learns from all tokens.
         sums: float32 or float64, which statistics are summed in.
+        repair: tune each block, once it is pruned, towards what it gave before.
+        repair_settings: how; the fields of `llmprune.refine.settings.Repair`.
         progress: show a progress bar on stderr.
 
     Returns:
@@ -108,6 +113,8 @@ def prune(
         batch_size=batch_size,
         calibrate_all_experts=calibrate_all_experts,
         sums=sums,
+        repair=repair,
+        repair_settings=repair_settings or {},
     )
     return prune_with(config, model, tokenizer, progress=progress)
 
@@ -123,29 +130,28 @@ def prune_with(
 ) -> Report:
     """`prune` with its settings in one object; `on_mask` sees every keep mask, bool [out, in]."""
     model = unwrapped(model)
-    method, pattern = config.built()
+    task = config.task()
     chosen = matrices(model, config.targets, config.ignore)
-    check_fit(chosen, pattern, config.ragged)
+    check_fit(chosen, task.pattern, config.ragged)
     check_weights(chosen)
     if config.calibrate_all_experts:
         check_floodable(chosen)
     seconds: dict[str, float] = {}
     data = None
-    if method.stats.needs_data:
-        begun = time.perf_counter()
-        data = calibrate(config, max_seqlen(model.config), tokenizer, progress=progress)
-        check_vocabulary(data.ids, data.source, model)
-        seconds["calibration"] = time.perf_counter() - begun
-        say(
-            f"calibrating on {len(data.ids)} windows of {data.ids.shape[1]} tokens from {data.source}"
-        )
+    if task.needs_data:
+        with timed(seconds, "calibration"):
+            data = calibrate(config, max_seqlen(model.config), tokenizer, progress=progress)
+            check_vocabulary(data.ids, data.source, model)
+        windows, seqlen = data.ids.shape
+        say(f"calibrating on {windows} windows of {seqlen} tokens from {data.source}")
     else:
         say(f"{config.method} looks at the weights alone: no calibration data is read")
     begun = time.perf_counter()
     layers: dict[str, LayerReport] = {}
+    repaired: list[RepairReport] = []
     with evaluating(model), random_state(model):
         walker = _walker(model, data, config, say) if data else None
-        for matrix, report, keep in _pruned(walker, chosen, config.task(), progress):
+        for matrix, report, keep in _pruned(walker, chosen, task, progress, repaired.append):
             layers[matrix.name] = report
             on_mask(matrix, report, keep)
     seconds["prune"] = time.perf_counter() - begun
@@ -154,12 +160,13 @@ def prune_with(
         model=describe(model),
         layers=[layers[matrix.name] for matrix in chosen],
         walk=walker.kind if walker else None,
+        repair=repaired,
         calibration=data.report() if data else None,
         seconds=seconds,
         versions=versions(next(model.parameters()).device),
     )
     if result.sparsity == 0:
-        raise ConfigError(f"{pattern} removes no weight of any matrix; raise the sparsity")
+        raise ConfigError(f"{task.pattern} removes no weight of any matrix; raise the sparsity")
     return result
 
 
@@ -169,11 +176,18 @@ def _walker(
     """What runs the blocks of `model` on the windows of `data`, checked."""
     device = next(model.parameters()).device
     size = config.batch_size or default_batch(device, data.ids.shape[1])
-    return checked_walker(model, blocks(model)[1], list(data.batches(size)), say)
+    walker = checked_walker(model, blocks(model)[1], list(data.batches(size)), say)
+    if config.repair:
+        check_repairable(walker)
+    return walker
 
 
 def _pruned(
-    walker: Walker | None, chosen: Sequence[Matrix], task: Task, progress: bool
+    walker: Walker | None,
+    chosen: Sequence[Matrix],
+    task: Task,
+    progress: bool,
+    repaired: Callable[[RepairReport], None],
 ) -> Iterable[tuple[Matrix, LayerReport, Tensor]]:
     """Prune every chosen matrix, with calibration data or from the weights alone."""
     if walker is None:
@@ -184,8 +198,9 @@ def _pruned(
                 done.settle()
                 yield matrix, done.report, done.keep
         return
-    with Bar(walker.steps(chosen), "pruning", enabled=progress) as bar:
-        yield from prune_blocks(walker, chosen, task, bar.step)
+    more = task.repair.steps(sum(map(len, walker.batches))) if task.repair else None
+    with Bar(walker.steps(chosen, more), "pruning", enabled=progress) as bar:
+        yield from prune_blocks(walker, chosen, task, bar.step, repaired)
 
 
 def calibrate(

@@ -7,7 +7,7 @@ that is ended, however hard, goes on behind its last finished block, and its res
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -15,19 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmprune.activations import Activations
 from llmprune.checkpoint import tensors
 from llmprune.checkpoint.shelf import Shelf
 from llmprune.deliver import Delivery
 from llmprune.lockstep import check_walk
-from llmprune.memory import SLACK, Budget, of_model, room_for_statistics
+from llmprune.memory import SLACK, Budget, of_model, of_repair, room_for_statistics
 from llmprune.model import Matrix, check_weights
 from llmprune.parallel import ALONE, Ranks
 from llmprune.prune_matrix import Done, Task, prune_matrix
-from llmprune.report import LayerReport
+from llmprune.report import LayerReport, RepairReport
 from llmprune.rounds import of_statistics
 from llmprune.stopping import Stopping
-from llmprune.sweep import Tell, pass_on, prune_block, prune_outside
+from llmprune.streams import Streams
+from llmprune.sweep import Tell, prune_block, prune_outside
 from llmprune.walk import Walker
 from llmprune.workplace import Workplace
 
@@ -95,8 +95,8 @@ class Streaming:
         if self.ranks.leads:
             self._check_finished([*names, "copy"])
         steps = self.work.journal.steps = self.ranks.tell(self.work.journal.steps)
-        hidden = self._hidden()
-        todo = self._todo(hidden)
+        streams = self._streams()
+        todo = self._todo(streams)
         stopping.finished = todo[0] if todo else self.depth
         rest = outside if "outside" not in steps else []
         check = self.walker is not None and bool(todo or rest)
@@ -109,11 +109,16 @@ class Streaming:
             self._copy()
         for index in todo:
             with stopping.block(index):
-                self._block(index, hidden)
+                self._block(index, streams)
         if rest:
-            self._outside(rest, hidden)
+            self._outside(rest, streams)
         self.shelf.release_rest()
         return [_layer(entry) for name in names for entry in steps[name]["layers"]]
+
+    def repaired(self) -> list[RepairReport]:
+        """What the repairs of a finished run did, in the order of the blocks."""
+        steps = [self.work.journal.steps[f"block {i}"] for i in range(self.depth)]
+        return [RepairReport(**step["repair"]) for step in steps if "repair" in step]
 
     def _steps(self, todo: Sequence[int], check: bool) -> int:
         """How often `progress` will be told something before the matrices outside of the blocks."""
@@ -125,6 +130,9 @@ class Streaming:
             if here := len(self._here(index)):
                 count += batches + here + self.ranks.leads
             count += batches * self._passes(index)
+            if self.task.repair is not None:
+                windows = sum(map(len, self.batches)) * self.ranks.world
+                count += batches + bool(here) * self.task.repair.steps(windows)
         return count
 
     def _here(self, index: int | None) -> list[Matrix]:
@@ -137,19 +145,20 @@ class Streaming:
             room //= 3
         return int(min(self.ranks.gather(room)))
 
-    def _hidden(self) -> Activations | None:
+    def _streams(self) -> Streams | None:
         if self.walker is None:
             return None
-        need = SLACK + max(
-            of_model(block) + min(of_statistics(here, self.task.method), self._room(block))
-            for block, here in ((self.shelf.layers[i], self._here(i)) for i in range(self.depth))
-        )
-        device, memory = self.shelf.device, torch.device("cpu")
-        rooms = [(device, self.budget.device - need)]
-        if device.type != "cpu":
-            rooms.append((memory, self.budget.memory - SLACK))
-        name = "hidden" if self.ranks.world == 1 else f"process-{self.ranks.rank}-hidden"
-        return Activations(self.work.folder, len(self.batches), rooms, device, name)
+        need, folder = SLACK + max(map(self._need, range(self.depth))), self.work.folder
+        dense = self.task.repair is not None
+        return Streams(folder, self.walker, need, self.budget, self.ranks, dense=dense)
+
+    def _need(self, index: int) -> int:
+        """Bytes of a block and of what it takes to prune it."""
+        block, here = self.shelf.layers[index], self._here(index)
+        extra = min(of_statistics(here, self.task.method), self._room(block))
+        if self.task.repair is not None and here:
+            extra = max(extra, of_repair(block, max(ids.numel() for ids in self.batches)))
+        return of_model(block) + extra
 
     def _check_finished(self, steps: Sequence[str]) -> None:
         """Hold what earlier runs have written against the journal; what is damaged is forgotten."""
@@ -168,14 +177,14 @@ class Streaming:
                 self.say(f"{shard} is damaged at {bad[0]}{more}: {name} is done again")
                 journal.forget([name])
 
-    def _todo(self, hidden: Activations | None) -> list[int]:
+    def _todo(self, streams: Streams | None) -> list[int]:
         """The blocks that are not finished, with those that have to be run again to reach them.
 
         A block that is run again is written again too, with the same bits.
         """
         steps = self.work.journal.steps
         missing = [i for i in range(self.depth) if f"block {i}" not in steps]
-        if hidden is None:
+        if streams is None:
             return missing
         if not missing:
             finished = self.depth
@@ -186,12 +195,10 @@ class Streaming:
         last = f"block {finished - 1}"
         whole = missing == list(range(finished, self.depth))
         if finished and whole:
-            left = steps[last]["hidden"]
-            good = self.ranks.gather(hidden.restore(left[self.ranks.rank]))
-            if all(good):
+            bad = streams.restore(steps[last])
+            if bad is None:
                 self.say(f"going on behind block {finished} of {self.depth}, finished earlier")
                 return missing
-            bad = left[good.index(False)]["file"]
             self.say(f"{bad} is damaged: all blocks are done again")
         elif len(missing) < self.depth:
             self.say("all blocks are done again, for what they pass on")
@@ -215,19 +222,22 @@ class Streaming:
         self.work.shards.flush()
         self.work.journal.add("copy", {"tensors": written})
 
-    def _block(self, index: int, hidden: Activations | None) -> None:
+    def _block(self, index: int, streams: Streams | None) -> None:
         """Everything that is done to one block."""
         here = self._here(index)
         tell = partial(self.progress, index, self.depth)
         self.shelf.load(index)
         check_weights(here)
-        found = {d.matrix.name: _light(d) for d in self._prune(index, here, hidden, tell)}
+        entry: dict[str, Any] = streams.pass_on("dense", index, tell) if streams else {}
+        pruned = self._prune(index, here, streams, tell)
+        if here and streams is not None and self.task.repair is not None:
+            pruned, report = streams.repair(index, list(pruned), self.task.repair, tell)
+            entry["repair"] = asdict(report)
+        found = {d.matrix.name: _light(d) for d in pruned}
         done = [found[m.name] for m in here]
-        entry: dict[str, Any] = {"layers": [asdict(d.report) for d in done]}
-        if hidden is not None and self.walker is not None and self._passes(index):
-            hidden.begin(index)
-            pass_on(self.walker, index, hidden, tell)
-            entry["hidden"] = self.ranks.gather(hidden.commit())
+        entry["layers"] = [asdict(d.report) for d in done]
+        if streams is not None and self._passes(index):
+            entry |= streams.pass_on("hidden", index, tell)
         for each in done:
             each.settle()
         if here and self.ranks.leads:
@@ -236,24 +246,25 @@ class Streaming:
         self.shelf.release(index)
         self.work.journal.add(f"block {index}", entry)
         self.ranks.any(False)  # no process forgets what came before until rank 0 has noted this
-        if hidden is not None:
-            hidden.forget_old()
+        if streams is not None:
+            streams.forget_old()
 
     def _passes(self, index: int) -> bool:
         return index + 1 < self.depth or bool(self._here(None))
 
     def _prune(
-        self, index: int, here: Sequence[Matrix], hidden: Activations | None, tell: Tell
-    ) -> Iterator[Done]:
-        if hidden is not None and self.walker is not None:
+        self, index: int, here: Sequence[Matrix], streams: Streams | None, tell: Tell
+    ) -> Iterable[Done]:
+        if streams is not None and self.walker is not None:
             task = replace(self.task, room=self._room(self.shelf.layers[index]))
+            hidden = streams.hidden
             yield from prune_block(self.walker, index, here, hidden, task, tell, self.ranks)
             return
         for matrix in here:
             tell(matrix.name)
             yield prune_matrix(matrix, self.task.method.stats(), None, self.task)
 
-    def _outside(self, outside: Sequence[Matrix], hidden: Activations | None) -> None:
+    def _outside(self, outside: Sequence[Matrix], streams: Streams | None) -> None:
         """Prune what is in no block, such as the output head."""
         tell = partial(self.progress, self.depth, self.depth)
         self.shelf.release_rest()
@@ -261,7 +272,8 @@ class Streaming:
         self.shelf.load_rest(ids, head=True)
         check_weights(outside)
         done: list[Done] = []
-        if hidden is not None and self.walker is not None:
+        if streams is not None and self.walker is not None:
+            hidden = streams.hidden
             done += prune_outside(self.walker, outside, hidden, self.task, tell, self.ranks)
         else:
             for matrix in outside:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,42 +14,48 @@ from llmprune.model import Matrix
 from llmprune.observe import Observer
 from llmprune.parallel import ALONE, Ranks
 from llmprune.prune_matrix import Done, Task, prune_matrices, prune_matrix
-from llmprune.report import LayerReport
+from llmprune.refine.repair import repair_block
+from llmprune.report import LayerReport, RepairReport
 from llmprune.rounds import of_statistics, rounds
 from llmprune.share import prune_shared
-from llmprune.walk import Walker
+from llmprune.walk import HiddenStates, Walker
 
 Progress = Callable[[int, int, str], None]
 """Called with (block, blocks, what is being done), for a progress bar."""
 
 
-class HiddenStates(Protocol):
-    """The input of the current block for every batch; what is set is the input of the next one."""
-
-    def __getitem__(self, batch: int, /) -> Tensor | None:
-        """[batch, seqlen, width], or None before the first block."""
-
-    def __setitem__(self, batch: int, hidden: Tensor, /) -> None:
-        """Keep the output of the current block."""
-
-
 @torch.no_grad()
 def prune_blocks(
-    walker: Walker, matrices: Sequence[Matrix], task: Task, progress: Progress
+    walker: Walker,
+    matrices: Sequence[Matrix],
+    task: Task,
+    progress: Progress,
+    repaired: Callable[[RepairReport], None] = lambda report: None,
 ) -> Iterator[tuple[Matrix, LayerReport, Tensor]]:
     """Prune `matrices` in place, block by block, yielding each with its report and keep mask.
 
-    The outputs of each pruned block are what the next block is calibrated on.
+    The outputs of each pruned block are what the next block is calibrated on. `repaired` is told of each
+    block that was repaired.
     """
     hidden: list[Tensor | None] = [None] * len(walker.batches)
+    dense: list[Tensor | None] = [None] * len(walker.batches)
     last = max((m.block for m in matrices if m.block is not None), default=-1)
     outside = [m for m in matrices if m.block is None]
     depth = len(walker.layers) if outside else last + 1
     for index in range(depth):
         here = [m for m in matrices if m.block == index]
         tell = partial(progress, index, depth)
+        if task.repair is not None:
+            pass_on(walker, index, dense, tell)
         with ExitStack() as later:  # the last corrections are made also when the caller stops early
-            for done in prune_block(walker, index, here, hidden, task, tell):
+            found = prune_block(walker, index, here, hidden, task, tell)
+            if task.repair is not None and here:
+                parts, report = repair_block(
+                    walker, index, list(found), hidden, dense, task.repair, tell
+                )
+                repaired(report)
+                found = iter(parts)
+            for done in found:
                 later.callback(done.settle)
                 yield done.matrix, done.report, done.keep
             if walker.passes_on and (index + 1 < depth or outside):

@@ -40,10 +40,10 @@ from llmprune.preserve import evaluating, random_state
 from llmprune.progress import Bar, timed
 from llmprune.provenance import describe, versions
 from llmprune.prune_matrix import Task, check_fit
-from llmprune.report import LayerReport, PerplexityReport, Report
+from llmprune.report import LayerReport, PerplexityReport, RepairReport, Report
 from llmprune.stopping import Stopping, on_sigterm
 from llmprune.stream import Streaming
-from llmprune.workplace import Settings, Workplace, batch_size, open_workplace
+from llmprune.workplace import Settings, Workplace, batch_size, open_workplace, repaired_at_once
 
 
 def run_to_disk(job: Job, source: Source, tokenizer: Any, text: Text | None) -> Report | None:
@@ -89,7 +89,7 @@ def _to_target(
     """Prune into the folder of unfinished work beside `target`, and put it in place at the end."""
     chosen, task = _chosen(job, shelf, settings)
     data = job.prune.calibration if isinstance(job.prune.calibration, Calibration) else None
-    data = data if task.method.stats.needs_data else None
+    data = data if task.needs_data else None
     if data is not None:
         check_vocabulary(data.ids, data.source, shelf.model)
     _say_what(job, shelf, chosen, data)
@@ -107,8 +107,7 @@ def _to_target(
     try:
         with on_sigterm(job.ranks) as stopping:
             run = _Run(job, source, tokenizer, text, shelf, settings, work, stopping)
-            layers = run.prune(chosen, task, data)
-            report = run.report(layers, data)
+            report = run.report(*run.prune(chosen, task, data), data)
             if job.ranks.leads:
                 run.finish(target, report)
     except OSError as error:
@@ -131,10 +130,11 @@ def _chosen(job: Job, shelf: Shelf, settings: Settings) -> tuple[list[Matrix], T
             raise NotByBlock(f"{shared} is {source} too, so blocks cannot be pruned one at a time")
     chosen = matrices(shelf.model, job.prune.targets, job.prune.ignore)
     check_fit(chosen, task.pattern, job.prune.ragged)
-    check_layout(shelf, chosen)
+    check_layout(shelf, chosen, task.repair)
     if task.all_experts:
         check_floodable(chosen)
-    need = least(list(shelf.layers), chosen, task.method)
+    at_once = repaired_at_once(job.prune, settings.device)
+    need = least(list(shelf.layers), chosen, task.method, at_once)
     if job.max_memory is not None and need > settings.budget.device:
         raise ConfigError(
             f"--max-memory {job.max_memory} is less than one block of this model needs with "
@@ -171,7 +171,7 @@ class _Run:
 
     def prune(
         self, chosen: Sequence[Matrix], task: Task, data: Calibration | None
-    ) -> list[LayerReport]:
+    ) -> tuple[list[LayerReport], list[RepairReport]]:
         """Measure the dense model, then prune everything chosen into the output files."""
         job, say = self.job, self.job.voice.say
         if self.text is not None:
@@ -197,7 +197,7 @@ class _Run:
                 bar.expect,
                 job.ranks,
             )
-            return run.run(self.stopping)
+            return run.run(self.stopping), run.repaired()
 
     def _own(self, batches: list[Tensor]) -> list[Tensor]:
         """The batches of this process."""
@@ -228,7 +228,9 @@ class _Run:
             self.work.journal.add(step, {"report": asdict(found)})
         self.measured[name] = PerplexityReport(**self.work.journal.steps[step]["report"])
 
-    def report(self, layers: list[LayerReport], data: Calibration | None) -> Report:
+    def report(
+        self, layers: list[LayerReport], repaired: list[RepairReport], data: Calibration | None
+    ) -> Report:
         """What was done, with the perplexity of the files that were written."""
         job, shelf = self.job, self.shelf
         folder = self.work.checkpoint
@@ -258,6 +260,7 @@ class _Run:
             },
             layers=layers,
             walk="blocks" if data is not None else None,
+            repair=repaired,
             calibration=data.report() if data is not None else None,
             perplexity=self.measured,
             seconds={

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, ClassVar, Literal, NoReturn, cast
+from typing import Any, ClassVar, Literal, NoReturn, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,16 @@ def stopped() -> NoReturn:
 def hidden_state(output: Any) -> Tensor:
     """The hidden state in what a block returns: a tensor, or the first of a tuple or list."""
     return cast(Tensor, output if isinstance(output, Tensor) else output[0])
+
+
+class HiddenStates(Protocol):
+    """The input of the current block for every batch; what is set is the input of the next one."""
+
+    def __getitem__(self, batch: int, /) -> Tensor | None:
+        """[batch, seqlen, width], or None before the first block."""
+
+    def __setitem__(self, batch: int, hidden: Tensor, /) -> None:
+        """Keep the output of the current block."""
 
 
 class Walker:
@@ -105,9 +115,13 @@ class Walker:
 
     def run(self, index: int, batch: int, hidden: Tensor | None) -> Tensor:
         """Output [batch, seqlen, width] of block `index` on the stored output of the block before."""
+        return self.run_on(index, self.batches[batch], hidden)
+
+    def run_on(self, index: int, ids: Tensor, hidden: Tensor | None) -> Tensor:
+        """The same for any windows `ids` [batch, seqlen], whose stored output is `hidden`."""
         out: list[Tensor] = []
         with self.only(index, hidden, out.append):
-            self.forward(self.batches[batch])
+            self.forward(ids)
         if not out:
             raise WalkError(
                 f"block {index} was not reached by the forward of {type(self.model).__name__}"
@@ -125,13 +139,17 @@ class Walker:
             ids = self.batches[batch].to(self.device)
             return cast(Tensor, self.model(input_ids=ids, use_cache=False).logits)
 
-    def steps(self, matrices: Sequence[Matrix]) -> int:
-        """How often `prune_blocks` reports progress on `matrices`."""
+    def steps(self, matrices: Sequence[Matrix], repair: int | None = None) -> int:
+        """How often `prune_blocks` reports progress on `matrices`.
+
+        At most, where each block is repaired, in `repair` steps.
+        """
         inside = {m.block for m in matrices if m.block is not None}
         outside = len(inside) == 0 or any(m.block is None for m in matrices)
         depth = len(self.layers) if outside else max(inside) + 1
         passes = (depth if outside else depth - 1) if self.passes_on else 0
-        return (len(inside) + passes) * len(self.batches) + len(matrices)
+        more = 0 if repair is None else depth * len(self.batches) + len(inside) * repair
+        return (len(inside) + passes) * len(self.batches) + len(matrices) + more
 
     def self_check(self) -> None:
         """Compare two windows, block by block, with the model's plain forward; learn the containers.

@@ -138,7 +138,7 @@ def open_workplace(
             )
         if journal.resumed:
             say(f"taking up the unfinished run in {folder} ({work.blocks} blocks finished)")
-        _make_room(work, target, hidden_bytes(shelf, data), packed)
+        _make_room(work, target, hidden_bytes(shelf, data, 2 if config.repair else 1), packed)
         ranks.tell(journal.steps)
     except BaseException:
         work.close()
@@ -158,12 +158,15 @@ def settle(target: Path) -> None:
         clear_finished(folder)
 
 
-def hidden_bytes(shelf: Shelf, data: Calibration | None) -> int:
-    """Bytes that hidden states need on the disk: those that enter a block, and those that leave it."""
+def hidden_bytes(shelf: Shelf, data: Calibration | None, streams: int = 1) -> int:
+    """Bytes that hidden states need on the disk: those that enter a block, and those that leave it.
+
+    For each of the `streams`; there are two where blocks are repaired.
+    """
     if data is None:
         return 0
     width = int(getattr(shelf.model.config.get_text_config(decoder=True), "hidden_size", 0))
-    return 2 * data.ids.numel() * width * next(shelf.layers.parameters()).element_size()
+    return 2 * streams * data.ids.numel() * width * next(shelf.layers.parameters()).element_size()
 
 
 def _make_room(work: Workplace, target: Path, hidden: int, packed: int) -> None:
@@ -252,3 +255,11 @@ def batch_size(config: PruneConfig, data: Calibration | None, device: torch.devi
     if data is None:
         return 1
     return config.batch_size or default_batch(device, data.ids.shape[1])
+
+
+def repaired_at_once(config: PruneConfig, device: torch.device) -> int | None:
+    """Tokens that a block under repair sees at once; None where blocks are not repaired."""
+    data = config.calibration
+    if not config.repair or not isinstance(data, Calibration):
+        return None
+    return batch_size(config, data, device) * data.ids.shape[1]

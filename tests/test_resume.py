@@ -24,6 +24,10 @@ COMMANDS = {
     "wanda": ("llama", "--method", "wanda", "--sparsity", "2:4"),
     "sparsegpt": ("llama", "--method", "sparsegpt", "--sparsity", "0.5"),
     "magnitude": ("llama", "--method", "magnitude", "--sparsity", "0.5"),
+    "repair": (
+        *("llama", "--method", "sparsegpt", "--sparsity", "0.5"),
+        *("--repair", "--repair-set", "epochs=2"),
+    ),
     "experts": ("mixtral", "--method", "wanda", "--sparsity", "2:4"),
 }
 
@@ -131,6 +135,7 @@ class TestSomethingElse:
             (("--method", "sparsegpt"), "method was wanda then and is sparsegpt now"),
             (("--within", "matrix"), "within was row then and is matrix now"),
             (("--targets", "q_proj"), "targets was [] then and is ['q_proj'] now"),
+            (("--repair",), "repair was False then and is True now"),
             (("--seed", "1"), "seed was 0 then and is 1 now"),
             (("--samples", "16"), "samples was 40 then and is 16 now"),
             (("--seqlen", "32"), "seqlen was 64 then and is 32 now"),

@@ -1,0 +1,1 @@
+"""Block repair: after a block is pruned, what is left of it is tuned towards the block it was."""

@@ -1,0 +1,95 @@
+"""What can be set about block repair (`--repair-set KEY=VALUE`)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from llmprune.errors import ConfigError, nearest
+from llmprune.methods.base import typed
+
+TUNES = ("weights", "vectors")
+
+
+@dataclass(frozen=True)
+class Repair:
+    """How a block is repaired.
+
+    Attributes:
+        epochs: how often all windows are gone through.
+        rate: length of a step of Adam, as a share of the root mean square of what it changes; it rises
+            over the first steps and then falls to zero along a cosine.
+        batch: windows per step.
+        seconds: time for one block after which its repair ends; 0 is any. What a limit lets
+            through depends on the machine, and so does the result.
+        held_out: share of the windows that is not learnt from, and by which the best epoch is chosen.
+        patience: epochs without a gain on them after which a block's repair ends; 0 is never.
+        tune: `weights`, those that are left in the pruned matrices; `vectors`, and gains and biases.
+        seed: of the order of the windows.
+    """
+
+    epochs: int = 4
+    rate: float = 0.02
+    batch: int = 8
+    seconds: float = 0.0
+    held_out: float = 0.0625
+    patience: int = 2
+    tune: str = "vectors"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch"):
+            if getattr(self, name) < 1:
+                raise ConfigError(
+                    f"setting {name} of repair is a number from 1 on, got {getattr(self, name)}"
+                )
+        for name in ("seconds", "patience", "seed"):
+            if not 0 <= getattr(self, name) < 2**31:
+                raise ConfigError(
+                    f"setting {name} of repair is a number from 0 on, got {getattr(self, name):g}"
+                )
+        if not 0 < self.rate <= 1:
+            raise ConfigError(
+                f"setting rate of repair is a share of the weights above 0 and up to 1, got {self.rate:g}"
+            )
+        if not 0 < self.held_out < 1:
+            raise ConfigError(
+                f"setting held_out of repair is a share of the windows between 0 and 1, got "
+                f"{self.held_out:g}"
+            )
+        if self.tune not in TUNES:
+            raise ConfigError(f"setting tune of repair is {' or '.join(TUNES)}, got {self.tune!r}")
+
+    def parted(self, windows: int) -> tuple[list[int], list[int]]:
+        """Which of `windows` are learnt from, and which are held out, spread evenly: at least one each.
+
+        One window by itself is both.
+        """
+        if windows == 1:
+            return [0], [0]
+        held = min(windows - 1, max(1, round(windows * self.held_out)))
+        out = {(2 * i + 1) * windows // (2 * held) for i in range(held)}
+        return [n for n in range(windows) if n not in out], sorted(out)
+
+    def steps(self, windows: int) -> int:
+        """Steps of all epochs where there are so many windows."""
+        return self.epochs * math.ceil(len(self.parted(windows)[0]) / self.batch)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Every setting with its value, defaults too."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+def build(settings: Mapping[str, Any]) -> Repair:
+    """A repair with `settings`: values, or text as typed after `--repair-set`.
+
+    Raises:
+        ConfigError: for a setting that there is not, or a value that makes no sense.
+    """
+    kinds = {f.name: type(f.default) for f in fields(Repair)}
+    for key in settings:
+        if key not in kinds:
+            raise ConfigError(f"repair has no setting {key!r}: {nearest(key, list(kinds))}")
+    return Repair(**{key: typed("repair", key, v, kinds[key]) for key, v in settings.items()})
