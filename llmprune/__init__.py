@@ -58,11 +58,14 @@ def __dir__() -> list[str]:
     return [*__all__, "__version__"]
 
 
+_OF_KERNELS = {"explain": "kernels.choice", "prepare": "runtime.laid_out"}
+
+
 def _of_kernels(name: str) -> Any:
     """`llmprune.kernels.explain`: that folder has no __init__.py to hold it (see CONTRIBUTING.md)."""
-    if name != "explain":
+    if name not in _OF_KERNELS:
         raise AttributeError(f"module 'llmprune.kernels' has no attribute {name!r}")
-    return import_module("llmprune.kernels.choice").explain
+    return getattr(import_module(f"llmprune.{_OF_KERNELS[name]}"), name)
 
 
 vars(import_module("llmprune.kernels"))["__getattr__"] = _of_kernels

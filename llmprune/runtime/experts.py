@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from llmprune.checkpoint.census import Axis
 from llmprune.kernels.packed import Packed, count
 from llmprune.kernels.sparse_linear import expanded
-from llmprune.runtime.linear import check_packed, take_packed
+from llmprune.runtime.fit import check_packed, take_packed
 from llmprune.runtime.view import PackedMatrix, PackedStack
 
 

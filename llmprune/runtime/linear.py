@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, ClassVar
 
 import torch
@@ -10,11 +11,14 @@ from torch import Tensor, nn
 
 from llmprune.checkpoint.census import Axis
 from llmprune.errors import CheckpointError, ConfigError
-from llmprune.kernels.choice import choose
+from llmprune.kernels.choice import EXPAND
 from llmprune.kernels.interface import Case
-from llmprune.kernels.packed import Packed, bitmap_shape, count, pack, unpack_bits
-from llmprune.kernels.sparse_linear import expanded, sparse_linear
+from llmprune.kernels.packed import Packed, bitmap_shape, pack, packed_bytes, unpack_bits
+from llmprune.kernels.sparse_linear import expanded, expanded_layout, sparse_linear
+from llmprune.runtime import laid_out
+from llmprune.runtime.absent import LaidOut
 from llmprune.runtime.expanded import Expanded
+from llmprune.runtime.fit import check_packed, take_packed
 from llmprune.runtime.patterns import UNSTRUCTURED, check_pattern, tightest
 
 
@@ -28,6 +32,9 @@ class SparseLinear(nn.Linear):
     Training `weight_values` keeps the mask by construction:
 
         layer.weight_values.requires_grad_()
+
+    On a GPU the weights lie as a kernel reads them, and take the stored form when somebody asks for it
+    (see `laid_out`).
 
     Attributes:
         in_features: as of nn.Linear.
@@ -45,6 +52,7 @@ class SparseLinear(nn.Linear):
 
     weight_values: nn.Parameter
     weight_bitmap: Tensor
+    _laid: LaidOut | None
 
     def __init__(
         self,
@@ -63,6 +71,7 @@ class SparseLinear(nn.Linear):
         nn.Module.__init__(self)  # nn.Linear's would reserve a dense weight
         self.in_features, self.out_features = in_features, out_features
         self.pattern, self.axis, self.transposed = pattern, axis, transposed
+        self._laid = None
         values = torch.zeros(kept, device=device, dtype=dtype)
         bitmap = torch.zeros(bitmap_shape(self.shape), device=device, dtype=torch.uint8)
         self.weight_values = nn.Parameter(values, requires_grad=False)
@@ -157,8 +166,14 @@ class SparseLinear(nn.Linear):
 
     @property
     def packed(self) -> Packed:
-        """Values and bitmap, not copied."""
-        return Packed(self.weight_values, self.weight_bitmap, self.shape)
+        """Values and bitmap: the layer's own, or in new memory where it holds them in a kernel's layout."""
+        return laid_out.packed(self)
+
+    @property
+    def kernel(self) -> str | None:
+        """Whose layout the weights are held in; None where they are stored as in a file."""
+        laid = laid_out.held(self)
+        return None if laid is None else laid.kernel
 
     @property
     def weight(self) -> Tensor:
@@ -173,7 +188,12 @@ class SparseLinear(nn.Linear):
 
     def expanded(self) -> Tensor:
         """The dense matrix as it is stored, in new memory."""
-        return expanded(self.weight_values, self.weight_bitmap, self.shape)
+        laid = self._laid if torch.compiler.is_compiling() else laid_out.held(self)
+        if laid is not None and (layout := laid.layout) is not None:
+            dense = expanded_layout(layout, laid.kernel, laid.shape)
+            return dense.T.contiguous() if laid.turned else dense
+        values, bitmap = self._stored()
+        return expanded(values, bitmap, self.shape)
 
     @torch.no_grad()
     def write(self, dense: Tensor) -> None:
@@ -185,6 +205,7 @@ class SparseLinear(nn.Linear):
         if tuple(dense.shape) != (self.out_features, self.in_features):
             wanted = [self.out_features, self.in_features]
             raise ConfigError(f"weights {list(dense.shape)} do not fit a layer of {wanted}")
+        laid_out.bring_back(self)
         bits = unpack_bits(self.weight_bitmap, self.shape[1]).to(dense.device)
         self.weight_values.copy_((dense.T if self.transposed else dense)[bits])
 
@@ -205,9 +226,18 @@ class SparseLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
-        kernel = choose(self.case(input.numel() // max(1, self.in_features)))
-        layout = kernel.prepare(self.packed)
-        return sparse_linear(input, layout, self.bias, kernel.name, self.shape, self.transposed)
+        compiling = torch.compiler.is_compiling()
+        laid = self._laid if compiling else laid_out.held(self) or laid_out.lay_out(self)
+        if laid is not None and (layout := laid.layout) is not None:
+            return sparse_linear(input, layout, self.bias, laid.kernel, laid.shape, laid.transposed)
+        kernel = EXPAND.name
+        return sparse_linear(input, self._stored(), self.bias, kernel, self.shape, self.transposed)
+
+    def _stored(self) -> list[Tensor]:
+        """Values and bitmap of a layer that holds no layout."""
+        if torch.compiler.is_compiling():
+            return [self.weight_values, self.weight_bitmap]
+        return laid_out.stored(self)
 
     def reset_parameters(self) -> None:
         """Nothing is random here, and nothing is to be reset."""
@@ -225,73 +255,30 @@ class SparseLinear(nn.Linear):
         weights = self.in_features * self.out_features
         kept = 100 * self.weight_values.numel() / max(1, weights)
         stored = ", stored [in, out]" if self.transposed else ""
+        values = self.weight_values
+        bytes = packed_bytes(self.shape, values.numel(), values.element_size())
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, {self.pattern}{stored}, {kept:.1f}% kept, "
-            f"{self.packed.bytes:,} bytes"
+            f"{bytes:,} bytes"
         )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
+        """As any module; then the weights lie as a kernel of their new device reads them."""
+        laid_out.bring_back(self)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        with suppress(CheckpointError):  # `to_empty` makes room for what is still to come
+            laid_out.lay_out(self)  # and a forward would raise it
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        laid_out.bring_back(self)
+        return dict(self.__dict__)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         """Take values of any number with their bitmap, or a dense `weight` for the mask that is here."""
+        laid_out.bring_back(self)
         take_packed(self, "weight", self.shape, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-def take_packed(
-    module: nn.Module, name: str, shape: Sequence[int], state_dict: dict[str, Any], prefix: str
-) -> None:
-    """Before a module loads its own: check a packed parameter and make room for as many values.
-
-    Args:
-        module: holds `<name>_values` and `<name>_bitmap`.
-        name: of the parameter when it is dense.
-        shape: of the parameter when it is dense.
-        state_dict: what is loaded; a dense parameter in it gives place to its packed form.
-        prefix: of the module's keys.
-
-    Raises:
-        CheckpointError: for what does not fit, or a dense weight that is not zero outside the mask.
-    """
-    key, bitmap = prefix + name, module.get_buffer(f"{name}_bitmap")
-    if key in state_dict and f"{key}_values" not in state_dict:
-        dense = state_dict.pop(key)
-        if tuple(dense.shape) != tuple(shape):
-            raise CheckpointError(f"{key} is {list(dense.shape)}, the layer {list(shape)}")
-        bits = unpack_bits(bitmap, shape[-1]).to(dense.device)
-        if outside := int(((dense != 0) & ~bits).sum()):
-            raise CheckpointError(
-                f"{key} has {outside} weights that are zero here; call llmprune.densify(model) first"
-            )
-        state_dict |= {f"{key}_values": dense[bits], f"{key}_bitmap": bitmap}
-    values, given = state_dict.get(f"{key}_values"), state_dict.get(f"{key}_bitmap")
-    if values is None or given is None:
-        return  # torch says what is missing
-    check_packed(Packed(values, given, tuple(shape)))
-    mine = module.get_parameter(f"{name}_values")
-    if values.shape != mine.shape:
-        room = nn.Parameter(mine.new_empty(values.shape), mine.requires_grad)
-        setattr(module, f"{name}_values", room)
-
-
-def check_packed(packed: Packed) -> None:
-    """Refuse values and a bitmap that do not fit each other or the shape.
-
-    Raises:
-        CheckpointError: saying what does not fit.
-    """
-    values, bitmap, wanted = packed.values, packed.bitmap, bitmap_shape(packed.shape)
-    if bitmap.dtype != torch.uint8 or tuple(bitmap.shape) != wanted:
-        raise CheckpointError(
-            f"a bitmap is {bitmap.dtype} {list(bitmap.shape)}, not uint8 {list(wanted)}"
-        )
-    if values.dim() != 1 or not values.is_floating_point():
-        raise CheckpointError(f"packed values are {values.dtype} {list(values.shape)}, not [kept]")
-    if bitmap.is_meta or values.is_meta:
-        return
-    if (kept := count(bitmap)) != len(values):
-        raise CheckpointError(f"a bitmap keeps {kept} weights of {len(values)} values")
-    left = packed.shape[-1] % 8
-    if left and bool((bitmap[..., -1] >> left).any()):
-        raise CheckpointError("a bitmap has bits behind the last column")

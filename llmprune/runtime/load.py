@@ -23,7 +23,7 @@ from llmprune.errors import CheckpointError, ConfigError, LLMPruneError, ModelEr
 from llmprune.kernels.packed import Packed, bitmap_shape
 from llmprune.memory import trim
 from llmprune.progress import Bar
-from llmprune.runtime.linear import check_packed
+from llmprune.runtime.fit import check_packed
 
 if TYPE_CHECKING:
     from pathlib import Path

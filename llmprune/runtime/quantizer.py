@@ -153,6 +153,8 @@ class SparseQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: PreTrainedModel, **_: Any
     ) -> PreTrainedModel:
         """Check what was loaded, and leave the model as any other."""
+        from llmprune.runtime.laid_out import prepare
+
         arrival, self._arrival = self._arrival, None
         assert arrival is not None
         used = arrival.finish(model)
@@ -161,6 +163,7 @@ class SparseQuantizer(HfQuantizer):  # type: ignore[misc]
             return model
         self.conversions, model._weight_conversions = used, []
         model.is_quantized = False  # `half()` and `float()` refuse a model that says it is
+        prepare(model)
         return model
 
     def get_state_dict_and_metadata(

@@ -16,7 +16,8 @@ from llmprune.errors import CheckpointError
 from llmprune.experts import fused
 from llmprune.kernels.packed import Packed, bitmap_shape
 from llmprune.runtime.experts import PackedModule, hold
-from llmprune.runtime.linear import SparseLinear, check_packed
+from llmprune.runtime.fit import check_packed
+from llmprune.runtime.linear import SparseLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -106,9 +107,12 @@ def packed_weights(model: nn.Module) -> dict[str, Held]:
     found = {}
     for path, module in model.named_modules():
         if isinstance(module, SparseLinear):
-            packed, pattern, axis = module.packed, module.pattern, module.axis
             found[f"{path}.weight"] = Held(
-                packed.values, packed.bitmap, packed.shape, pattern, axis
+                module.weight_values,
+                module.weight_bitmap,
+                module.shape,
+                module.pattern,
+                module.axis,
             )
         elif isinstance(module, PackedModule):
             for name, room in module.rooms.items():

@@ -15,6 +15,7 @@ from llmprune.errors import ConfigError, ModelError
 from llmprune.kernels.packed import DTYPES, Packed, nonzero_bits, pack, packed_bytes
 from llmprune.model import Matrix, matrices
 from llmprune.runtime.experts import PackedModule, hold, release
+from llmprune.runtime.laid_out import prepare
 from llmprune.runtime.linear import SparseLinear
 from llmprune.runtime.patterns import tightest
 
@@ -93,6 +94,7 @@ def sparsify(
     if not patterns:
         raise ModelError(f"nothing could be packed: {_summary(left)}; is this model pruned?")
     _mark(model, packed=True)
+    prepare(model)
     return Swapped(patterns, left, *sizes)
 
 

@@ -18,7 +18,7 @@ from transformers.core_model_loading import (
 from llmprune.checkpoint.sparse import BITMAP, VALUES
 from llmprune.errors import CheckpointError
 from llmprune.kernels.packed import Packed, nonzero_bits, pack, unpack, unpack_bits
-from llmprune.runtime.linear import check_packed
+from llmprune.runtime.fit import check_packed
 from llmprune.runtime.routes import Group, Part, Routes
 from llmprune.runtime.rows import rearranged
 

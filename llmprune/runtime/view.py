@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from llmprune.checkpoint.census import Axis
-from llmprune.kernels.choice import choose
+from llmprune.kernels.choice import EXPAND
 from llmprune.kernels.interface import Case
 from llmprune.kernels.packed import Packed
 from llmprune.kernels.sparse_linear import expanded, sparse_linear
@@ -74,6 +74,8 @@ class PackedMatrix(View):
     axis: Axis
     flipped: bool = False
 
+    kernel: ClassVar[str] = EXPAND.name  # the stored form of all experts has no other layout
+
     @property
     def shape(self) -> torch.Size:
         """As it is seen."""
@@ -104,11 +106,10 @@ class PackedMatrix(View):
         dense = expanded(self.packed.values, self.packed.bitmap, self.packed.shape)
         return dense.T if self.flipped else dense
 
-    def case(self, tokens: int, transposed: bool | None = None) -> Case:
-        """What a kernel is asked to do for inputs of so many tokens; by default as x @ stored.T."""
+    def case(self, tokens: int) -> Case:
+        """What a kernel is asked to do for inputs of so many tokens."""
         rows, columns = self.packed.shape
         values = self.packed.values
-        flipped = self.flipped if transposed is None else transposed
         return Case(
             (rows, columns),
             values.shape[0],
@@ -116,17 +117,15 @@ class PackedMatrix(View):
             values.device,
             self.pattern,
             self.axis,
-            flipped,
+            self.flipped,
             tokens,
             values.requires_grad,
         )
 
     def times(self, x: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
         """The product x @ stored + bias where `transposed`, else x @ stored.T + bias."""
-        case = self.case(x.numel() // max(1, x.shape[-1]), transposed)
-        kernel = choose(case)
-        layout = kernel.prepare(self.packed)
-        return sparse_linear(x, layout, bias, kernel.name, case.shape, transposed)
+        layout = [self.packed.values, self.packed.bitmap]
+        return sparse_linear(x, layout, bias, self.kernel, self.packed.shape, transposed)
 
     def multiplied(self, func: Callable[..., Any], x: Tensor, *more: Any, **named: Any) -> Any:
         """Linear layers and plain products."""

@@ -1,0 +1,190 @@
+"""A layer's weights in the layout of a kernel instead of their stored form, and the way back.
+
+A `SparseLinear` holds its weights in one form at a time. Stored, as in a file: `weight_values` and
+`weight_bitmap`, which train, save and convert. Laid out: what one kernel reads (`Kernel.prepare`). Then the
+parameter and the buffer stay where they are, of their shape, dtype and device, but hold nothing. Whoever
+computes with one of them, copies, moves, saves or trains it has both brought back before: the parameter stays
+the same object, and its values the same bits. Only what every tensor is asked for, such as its shape, is
+answered without that.
+
+So there is nothing that has to know of layouts: optimizers, PEFT, accelerate and `state_dict` find the stored
+form because they ask for it. The next forward lays it out again.
+
+While torch.compile traces or a CUDA graph is recorded, a forward takes the form that is at hand.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from llmprune.errors import CheckpointError, ModelError
+from llmprune.kernels.choice import EXPAND, choose, turns
+from llmprune.kernels.packed import Packed
+from llmprune.runtime.absent import (
+    SWITCHING,
+    AbsentBitmap,
+    AbsentValues,
+    LaidOut,
+    plainly,
+    turned_around,
+    wait_for,
+)
+
+if TYPE_CHECKING:
+    from llmprune.runtime.linear import SparseLinear
+
+
+def held(layer: SparseLinear) -> LaidOut | None:
+    """The layout that a layer holds, or None where it holds the stored form."""
+    laid = layer._laid
+    if laid is None:
+        return None
+    values, bitmap = layer._parameters["weight_values"], layer._buffers["weight_bitmap"]
+    ours = isinstance(values, AbsentValues) and isinstance(bitmap, AbsentBitmap)
+    if laid.layout is not None and ours:
+        return laid
+    bring_back(layer)  # somebody has put another tensor in the place of one of them
+    return None
+
+
+def bring_back(layer: SparseLinear) -> None:
+    """Have a layer hold the stored form, if it does not."""
+    with SWITCHING:
+        if layer._laid is not None:
+            layer._laid.bring_back()
+            layer._laid = None
+
+
+@torch.no_grad()
+def lay_out(layer: SparseLinear) -> LaidOut | None:
+    """Have a layer hold its weights in the layout of the kernel that `choose` gives, if it may and should.
+
+    For a moment both forms of this layer are there.
+
+    Raises:
+        CheckpointError: when the matrix does not hold the pattern that it is said to hold.
+        ModelError: when a kernel does not give back what it was given.
+    """
+    with SWITCHING:
+        if (laid := held(layer)) is not None or not _may_be_laid_out(layer):
+            return laid
+        with plainly(layer.weight_values.device):
+            if (laid := _made(layer)) is None:
+                return None
+            # other streams may read it from now on, and nobody reads what it replaces
+            wait_for(layer.weight_values.device)
+            bitmap = laid.stand_in(layer.weight_values, layer.weight_bitmap)
+            layer._buffers["weight_bitmap"], layer._laid = bitmap, laid
+            return laid
+
+
+def _made(layer: SparseLinear) -> LaidOut | None:
+    """The layout for the kernel of a layer, or None if that reads the stored form."""
+    case = layer.case(1)
+    kernel = choose(case)
+    if kernel.name == EXPAND.name:
+        return None
+    turned = turns(kernel, case)
+    own = (layer.weight_values.detach(), layer.weight_bitmap)
+    # of what was loaded in inference mode, nothing but a copy may be looked at outside of it
+    values, bitmap = (part.clone() if part.is_inference() else part for part in own)
+    packed = Packed(values, bitmap, layer.shape)
+    seen = turned_around(packed) if turned else packed
+    try:
+        layout = kernel.prepare(seen)
+    except ValueError as error:
+        raise CheckpointError(
+            f"a matrix {list(layer.shape)} is said to hold {layer.pattern}, but: {error}; get the "
+            "checkpoint again"
+        ) from None
+    if not _equal(kernel.packed(layout, seen.shape), seen):
+        raise ModelError(
+            f"{kernel.name} does not give back a matrix {list(layer.shape)} as it was; set "
+            "LLMPRUNE_KERNEL=expand to do without it"
+        )
+    rows, columns = seen.shape
+    laid = LaidOut(kernel.name, (rows, columns), case.transposed != turned, turned, layout)
+    for part in layout:  # CUDA graphs of torch.compile would copy it for every replay
+        torch._dynamo.mark_static_address(part, guard=False)
+    return laid
+
+
+def _may_be_laid_out(layer: SparseLinear) -> bool:
+    """Whether the stored form of a layer may give place to another just now."""
+    values, bitmap = layer._parameters["weight_values"], layer._buffers["weight_bitmap"]
+    if type(values) is not nn.Parameter or type(bitmap) is not Tensor:
+        return False  # of a library that has put something of its own there
+    if values.requires_grad or values.is_meta or bitmap.is_meta:
+        return False
+    if values.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    hook = getattr(layer, "_hf_hook", None)  # of accelerate: its weights come for one forward only
+    return not any(getattr(h, "offload", False) for h in (hook, *getattr(hook, "hooks", ())))
+
+
+def prepare(model: nn.Module) -> dict[str, int]:
+    """Lay out every packed linear layer for the kernel that is chosen for it, one after the other.
+
+    A model that comes to a GPU is laid out there, and every forward lays out what is not, so this is needed
+    only where no forward runs in between: before torch.compile and before a CUDA graph is recorded, if
+    since then weights were changed, saved or copied; and after `llmprune.kernels.tune` or `prefer`, so that
+    layers change to what is chosen now.
+
+    Args:
+        model: any module.
+
+    Returns:
+        How many layers are held for which kernel; `expand` reads the stored form.
+
+    Raises:
+        CheckpointError: when a matrix does not hold the pattern that it is said to hold.
+        ModelError: when a kernel does not give back what it was given.
+    """
+    from llmprune.runtime.linear import SparseLinear
+
+    kernels = Counter[str]()
+    for layer in model.modules():
+        if isinstance(layer, SparseLinear):
+            laid = held(layer)
+            if laid is not None and choose(layer.case(1)).name != laid.kernel:
+                bring_back(layer)
+            laid = lay_out(layer)
+            kernels[EXPAND.name if laid is None else laid.kernel] += 1
+    return dict(kernels)
+
+
+def packed(layer: SparseLinear) -> Packed:
+    """The stored form of a layer: its own memory, or new memory where it holds a layout."""
+    with SWITCHING:
+        laid = held(layer)
+        if laid is None:
+            values, bitmap = stored(layer)
+            return Packed(values, bitmap, layer.shape)
+        with plainly(layer.weight_values.device):
+            return laid.packed()
+
+
+def stored(layer: SparseLinear) -> list[Tensor]:
+    """Values and bitmap of a layer that holds them.
+
+    Values that are not trained come as a tensor of their own, which stays what it is when the parameter
+    gives up its memory before a backward has read them.
+    """
+    with SWITCHING:
+        bring_back(layer)
+        values = layer.weight_values
+        return [values if values.requires_grad else values.detach(), layer.weight_bitmap]
+
+
+def _equal(one: Packed, other: Packed) -> bool:
+    """Bit for bit."""
+    width = {2: torch.int16, 4: torch.int32, 8: torch.int64}[other.values.element_size()]
+    return (
+        one.values.dtype == other.values.dtype
+        and torch.equal(one.bitmap, other.bitmap)
+        and torch.equal(one.values.view(width), other.values.view(width))
+    )
