@@ -48,6 +48,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "wanda + refit": {"method": "wanda", "settings": {"refit": True}},
     "sparsegpt + refit": {"method": "sparsegpt", "settings": {"refit": True}},
     "alps": {"method": "alps"},
+    "wanda + swaps": {"method": "wanda", "settings": {"refit": True, "refit_swaps": 1}},
+    "sparsegpt + swaps": {"method": "sparsegpt", "settings": {"refit": True, "refit_swaps": 1}},
 }
 FIRST = ("sparsegpt", "alps")  # every other recipe is told against SparseGPT
 HELD = 32  # windows of the test text that the layer error is measured on

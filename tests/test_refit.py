@@ -331,7 +331,8 @@ def test_every_method_that_does_not_refit_offers_one() -> None:
         assert ("refit" in methods.offered(name)) is not cls.refits
     built = methods.build("wanda", {"refit": "yes", "variant": "true", "refit_damping": "0.5"})
     assert built.stats is Gram
-    assert built.settings() == {"variant": True, "refit": True, "refit_damping": 0.5}
+    told = {"refit": True, "refit_damping": 0.5, "refit_swaps": 0}
+    assert built.settings() == {"variant": True, **told}
     assert not built.exact
     assert methods.build("wanda", {"refit": "no"}) == methods.build("wanda")
     assert methods.build("sparsegpt", {"refit": 1}).resolve(Unstructured(0.5)).width == 128

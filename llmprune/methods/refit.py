@@ -24,6 +24,7 @@ from torch import Tensor
 
 from llmprune.errors import ConfigError
 from llmprune.methods.base import Method, Pruned, Share
+from llmprune.methods.swaps import FLOOR, exchange
 from llmprune.pattern import Pattern
 from llmprune.stats import Gram, InputNorms, NoStats, Stats
 
@@ -37,8 +38,9 @@ FEWEST = 128
 choice: benchmarks/damping.py can measure it with less than one window, which has not been done."""
 TOLERANCE = 1e-5  # of a row: its slope on the kept weights, over its slope where all are zero
 MOST = 300  # steps; rows that are not solved by then are counted in the notes
+MOST_PASSES = 100  # of swaps: more is surely a mistake
 CHUNK = 2**22  # weights that are solved at a time: float32 matrices of 16 MiB
-SETTINGS: dict[str, bool | float] = {"refit": False, "refit_damping": DAMPING}
+SETTINGS: dict[str, bool | float] = {"refit": False, "refit_damping": DAMPING, "refit_swaps": 0}
 UNIT = 16
 """Rows leave the products only in such numbers that so many remain: products of fewer rows round otherwise,
 and the result must not depend on how rows are shared out (llmprune/share.py)."""
@@ -71,6 +73,10 @@ class Problem:
         product = (v * self._inverse) @ self._gram
         return product.mul_(self._inverse / self._unit).add_(v, alpha=self.damping)
 
+    def loss(self, gap: Tensor) -> Tensor:
+        """(gap A gap^T) of each row of `gap` [rows, features] float32: [rows]."""
+        return (gap * self.times(gap)).sum(1)
+
     def undamped(self) -> Tensor:
         """A less damping, [features, features] float64: ones on the diagonal, zero where dead."""
         inverse = self._inverse.double()
@@ -93,6 +99,25 @@ def refit(weight: Tensor, keep: Tensor, problem: Problem) -> tuple[Tensor, int]:
         found[rows] = (y / problem.scale).to(weight.dtype).where(mask, 0)
         unsolved += failed
     return found, unsolved
+
+
+def swapped(
+    weight: Tensor, pruned: Pruned, problem: Problem, pattern: Pattern, passes: int
+) -> Pruned:
+    """A refit with a better mask, by so many passes of swaps; a row that lost by them stays as it was."""
+    a = problem.undamped().float()
+    a.diagonal().add_(max(problem.damping, FLOOR))
+    v, y, keep = weight.float() * problem.scale, pruned.weight.float() * problem.scale, pruned.keep
+    for seed in range(passes):
+        keep = exchange(v, y, keep, a, problem.dead, pattern, seed)
+        best, unsolved = refit(weight, keep, problem)
+        y = best.float() * problem.scale
+    better = problem.loss(v - y) < problem.loss(v - pruned.weight.float() * problem.scale)
+    keep = keep.where(better[:, None], pruned.keep)
+    moved = int((keep & ~pruned.keep).sum())
+    notes = {key: value for key, value in pruned.notes.items() if key != "unsolved"}
+    best = best.where(better[:, None], pruned.weight)
+    return Pruned(best, keep, {**notes, **told(unsolved), "swapped": moved})
 
 
 def chunks(rows: int, features: int) -> Iterator[slice]:
@@ -145,10 +170,12 @@ class Refitted(Method[Gram]):
     Attributes:
         inner: the method.
         damping: that of one token per feature.
+        swaps: passes of swaps between kept and removed weights (llmprune/methods/swaps.py).
     """
 
     inner: Method[Any]
     damping: float = DAMPING
+    swaps: int = 0
 
     name: ClassVar[str] = "refit"
     stats: ClassVar[type[Gram]] = Gram
@@ -156,6 +183,10 @@ class Refitted(Method[Gram]):
 
     def __post_init__(self) -> None:
         check_damping("refit_damping", self.damping)
+        if not 0 <= self.swaps <= MOST_PASSES:
+            raise ConfigError(
+                f"refit_swaps is a number of passes, 0 to {MOST_PASSES}, got {self.swaps}"
+            )
 
     @property
     def exact(self) -> bool:
@@ -164,7 +195,8 @@ class Refitted(Method[Gram]):
 
     def settings(self) -> dict[str, Any]:
         """The method's own, and the refit's."""
-        return {**self.inner.settings(), "refit": True, "refit_damping": self.damping}
+        mine = {"refit": True, "refit_damping": self.damping, "refit_swaps": self.swaps}
+        return {**self.inner.settings(), **mine}
 
     def resolve(self, pattern: Pattern) -> Pattern:
         """As the method does."""
@@ -191,24 +223,25 @@ class Refitted(Method[Gram]):
     ) -> Iterator[Pruned]:
         """The method's masks of matrices that read one input, refit."""
         found = list(self.inner.prune_together(weights, self._known(stats), pattern))
-        return self._refit(weights, found, stats)
+        return self._refit(weights, found, stats, pattern)
 
     def prune_rows(
         self, weights: Sequence[Tensor], stats: Gram, pattern: Pattern, shares: Sequence[Share]
     ) -> Iterator[Pruned]:
         """`prune_together` of some rows of each matrix."""
         found = list(self.inner.prune_rows(weights, self._known(stats), pattern, shares))
-        return self._refit(weights, found, stats)
+        return self._refit(weights, found, stats, pattern)
 
     def _refit(
-        self, weights: Sequence[Tensor], found: list[Pruned], stats: Gram
+        self, weights: Sequence[Tensor], found: list[Pruned], stats: Gram, pattern: Pattern
     ) -> Iterator[Pruned]:
         """All masks are `found` before: what they were found with may lie in the memory of the sums."""
         problem = Problem(stats, self.damping)
         for weight in weights:
             first = found.pop(0)
             best, unsolved = refit(weight, first.keep, problem)
-            yield Pruned(best, first.keep, {**first.notes, **told(unsolved)})
+            done = Pruned(best, first.keep, {**first.notes, **told(unsolved)})
+            yield swapped(weight, done, problem, pattern, self.swaps) if self.swaps else done
 
     def _known(self, stats: Gram) -> Any:
         """What the method learns, out of the Gram matrix."""
@@ -229,9 +262,11 @@ def wrapped(cls: type[Method[Any]], settings: Mapping[str, Any]) -> Method[Any]:
     """
     inner = cls(**{key: value for key, value in settings.items() if key not in SETTINGS})
     if settings.get("refit", False):
-        return Refitted(inner, settings.get("refit_damping", DAMPING))
-    if "refit_damping" in settings:
-        raise ConfigError("refit_damping is of a refit: add --set refit=true")
+        rest = (settings.get(key, SETTINGS[key]) for key in ("refit_damping", "refit_swaps"))
+        return Refitted(inner, *rest)
+    for key in SETTINGS:
+        if key != "refit" and key in settings:
+            raise ConfigError(f"{key} is of a refit: add --set refit=true")
     return inner
 
 
