@@ -50,6 +50,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "alps": {"method": "alps"},
     "wanda + swaps": {"method": "wanda", "settings": {"refit": True, "refit_swaps": 1}},
     "sparsegpt + swaps": {"method": "sparsegpt", "settings": {"refit": True, "refit_swaps": 1}},
+    "sparsegpt + repair": {"method": "sparsegpt", "settings": {"refit": True}, "repair": True},
+    "alps + repair": {"method": "alps", "repair": True},
 }
 FIRST = ("sparsegpt", "alps")  # every other recipe is told against SparseGPT
 HELD = 32  # windows of the test text that the layer error is measured on
