@@ -6,6 +6,7 @@ import os
 import re
 from dataclasses import dataclass
 
+from llmprune.kernels import gpu, measure
 from llmprune.kernels.cusparselt import CuSparseLt
 from llmprune.kernels.dense import Dense
 from llmprune.kernels.expand import Expand
@@ -124,9 +125,16 @@ def refusal(kernel: Kernel, case: Case) -> str | None:
 def choose(case: Case) -> Kernel:
     """The kernel in whose layout a layer is to be held: the first that does not refuse.
 
-    On a GPU that has not run a kernel in this process it is tried; see docs/kernels.md.
+    What a GPU has not run is tried on it, and what was not measured is, unless a CUDA graph is being recorded
+    or torch traces; see docs/kernels.md.
     """
-    return next(kernel for kernel in offered(case) if refusal(kernel, case) is None)
+    for kernel in offered(case):
+        asked = kernel.name.split()[0] == preferred()
+        if isinstance(kernel, Words) and not asked and kernel.unfit(case) is None:
+            measure.first(kernel, gpu.whole(case.device), case.sides, case.dtype)
+        if refusal(kernel, case) is None:
+            return kernel
+    raise AssertionError("expand takes everything")
 
 
 def turns(kernel: Kernel, case: Case) -> bool:
@@ -153,11 +161,11 @@ def explain(layer: Sparse, tokens: int) -> Explanation:
         raise ValueError(f"tokens are {tokens}; give zero or more")
     case = layer.case(tokens)
     held: str | None = getattr(layer, "kernel", None)
-    kernel = choose(case) if held is None else find(held)
+    refusals = {kernel: refusal(kernel, case) for kernel in offered(case)}
+    kernel = find(held) if held else next(k for k, why in refusals.items() if why is None)
     refused = dict[str, str]()
-    for other in offered(case):
+    for other, why in refusals.items():
         if other is kernel:
             break
-        why = refusal(other, case)
         refused[other.name] = why or "the layer was laid out before that was known or asked for"
     return Explanation(kernel.name, kernel.about, kernel.route(case), case, refused)

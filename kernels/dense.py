@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+from llmprune.kernels import gpu
 from llmprune.kernels.interface import Case
 from llmprune.kernels.packed import Packed, select, unpack
 from llmprune.kernels.product import times
@@ -29,7 +30,9 @@ class Dense:
         """See `Kernel.refuses`."""
         if (why := self.unfit(case)) is not None:
             return why
-        return None if self._slower(case) else "no kernel for it was measured slower"
+        if not self._slower(case):
+            return "no kernel for it was measured slower"
+        return None if _fits(case) else "would leave less than a tenth of the GPU's memory"
 
     def route(self, case: Case) -> str:
         """See `Kernel.route`."""
@@ -58,3 +61,12 @@ class Dense:
     ) -> Tensor:
         """See `Kernel.matmul`."""
         return times(x, lambda: layout[0], bias, shape, transposed)
+
+
+def _fits(case: Case) -> bool:
+    """Whether there is memory for the dense matrix, its bitmap, and a tenth of all for what else there is."""
+    if case.device.type != "cuda":
+        return True
+    free, total = gpu.free(gpu.whole(case.device))
+    rows, columns = case.shape
+    return free - rows * columns * (case.dtype.itemsize + 1 / 8) >= total / 10

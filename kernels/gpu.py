@@ -13,10 +13,19 @@ P = ParamSpec("P")
 
 
 @cache
-def identity(index: int) -> tuple[str, str]:
-    """(name, compute capability) of a CUDA device: ("NVIDIA H200", "9.0")."""
-    major, minor = torch.cuda.get_device_capability(index)
-    return torch.cuda.get_device_name(index), f"{major}.{minor}"
+def identity(device: torch.device) -> tuple[str, str]:
+    """(name, compute capability) of a device: ("NVIDIA H200", "9.0"); ("cpu", "none")."""
+    if device.type != "cuda":
+        return device.type, "none"
+    major, minor = torch.cuda.get_device_capability(device)
+    return torch.cuda.get_device_name(device), f"{major}.{minor}"
+
+
+def free(device: torch.device) -> tuple[int, int]:
+    """Bytes of a CUDA device that torch can still get, its own cache among them, and all."""
+    left, total = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return left + cached, total
 
 
 def whole(device: torch.device) -> torch.device:
@@ -58,7 +67,8 @@ def occupied(device: torch.device) -> bool:
     """Whether nothing may be measured or tried on `device` now: a CUDA graph is recorded, or torch traces."""
     if torch.compiler.is_compiling():
         return True
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    on_gpu = device.type == "cuda" and torch.cuda.is_available()
+    return on_gpu and torch.cuda.is_current_stream_capturing()
 
 
 def once(why: Callable[P, str | None]) -> Callable[P, str | None]:
@@ -86,8 +96,11 @@ def trial(wrong: Callable[[], str | None]) -> str | None:
     try:
         found = wrong()
     except (RuntimeError, TritonError) as error:
-        # torch says what happened first, and how to look into it last; Triton shows source, then says it
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        said = lines[-1] if isinstance(error, TritonError) else lines[0]
-        return f"does not run on this GPU: {said[:200]}"
+        return f"does not run on this GPU: {said(error)}"
     return f"gives wrong results on this GPU: {found}" if found else None
+
+
+def said(error: Exception) -> str:
+    """The line of an error that tells most: torch begins with it, triton ends with it, behind source code."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0 if isinstance(error, RuntimeError) else -1].strip()[:200]

@@ -9,10 +9,12 @@ from torch import Tensor
 
 from llmprune.kernels import gpu, nm_gemv, s24_mma
 from llmprune.kernels.expanding import dense_of
-from llmprune.kernels.gemv_layout import Chunk, GemvLayout, dense_gemv, pack_gemv
+from llmprune.kernels.gemv_layout import LANES, Chunk, GemvLayout, dense_gemv, pack_gemv
 from llmprune.kernels.packed import Packed
-from llmprune.kernels.s24_layout import S24Layout, dense_s24, pack_s24
+from llmprune.kernels.s24_layout import COLUMNS, S24Layout, dense_s24, pack_s24
 from llmprune.kernels.words import Words
+
+_PROGRAMS = 1056  # of a split, at most: eight on each of an H200's 132 processors; not measured
 
 
 class S24(Words):
@@ -22,6 +24,7 @@ class S24(Words):
     about = "reads 9 bits per weight straight into sparse tensor cores, up to 64 tokens"
     n, m = 2, 4
     tokens = s24_mma.TOKENS
+    revision = s24_mma.REVISION
 
     def unavailable(self, device: torch.device) -> str | None:
         """See `Words.unavailable`."""
@@ -47,16 +50,28 @@ class S24(Words):
         return dense_s24(layout, True)[0] if slots else dense_of(layout)
 
     def product(
-        self, x: Tensor, words: Tensor, bias: Tensor | None, shape: tuple[int, int]
+        self,
+        x: Tensor,
+        words: Tensor,
+        bias: Tensor | None,
+        shape: tuple[int, int],
+        warps: int | None = None,
+        split: int | None = None,
     ) -> Tensor:
         """See `Words.product`."""
-        return s24_mma.s24_mma(x, S24Layout(words, shape, x.dtype), bias)
+        layout = S24Layout(words, shape, x.dtype)
+        return s24_mma.s24_mma(x, layout, bias, warps=warps, split=split)
+
+    def splits(self, sides: tuple[int, int], warps: int) -> list[int]:
+        """See `Words.splits`: each part has a chunk of columns for each warp."""
+        return _splits(-(-sides[0] // 32), -(-sides[1] // COLUMNS) // warps)
 
 
 class Gemv(Words):
     """n:m in plain Triton."""
 
     tokens = nm_gemv.TOKENS
+    revision = nm_gemv.REVISION
 
     def __init__(self, n: int, m: int) -> None:
         """One for each n:m: the layout depends on it."""
@@ -90,11 +105,28 @@ class Gemv(Words):
         return dense_gemv(layout, True) if slots else dense_of(layout)
 
     def product(
-        self, x: Tensor, words: Tensor, bias: Tensor | None, shape: tuple[int, int]
+        self,
+        x: Tensor,
+        words: Tensor,
+        bias: Tensor | None,
+        shape: tuple[int, int],
+        warps: int | None = None,
+        split: int | None = None,
     ) -> Tensor:
         """See `Words.product`."""
         layout = GemvLayout(words, shape, x.dtype, Chunk(self.n, self.m))
-        return nm_gemv.nm_gemv(x, layout, bias)
+        return nm_gemv.nm_gemv(x, layout, bias, warps=warps, split=split)
+
+    def splits(self, sides: tuple[int, int], warps: int) -> list[int]:
+        """See `Words.splits`: each part has a chunk of columns for each warp."""
+        chunks = -(-sides[1] // Chunk(self.n, self.m).columns)
+        return _splits(-(-sides[0] // LANES), chunks // warps)
+
+
+def _splits(programs: int, most: int) -> list[int]:
+    """Powers of two up to `most`, as long as the programs that they make are not too many to be worth it."""
+    powers = (2**i for i in range(6))
+    return [p for p in powers if p == 1 or (p <= most and p * programs <= _PROGRAMS)]
 
 
 S24_MMA = S24()

@@ -11,8 +11,9 @@ and with `split` several programs, share out the columns. Sums are float32 and a
 State: equal to the reference in Triton's interpreter, also for matrices that no tile divides; compiles
 offline with Triton 3.6, 3.7 and 3.9 for sm_80 to sm_120, with neither shared memory nor spills in the loop
 (tests/test_kernel_nm_gemv.py, tests/test_kernel_codegen.py, which hold the instructions per weight).
-**It has not run on a GPU**, its speed is unknown, the warps and the split are guesses, and nothing
-dispatches to it yet.
+**It has not run on a GPU**, its speed is unknown, the warps and the split are guesses. Layers are held for it
+where `unavailable`, which compares it with the reference once on each GPU, and the table of measurements have
+nothing against it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from .gemv_layout import GemvLayout, dense_gemv, pack_gemv
 from .packed import pack
 
 TOKENS = 8  # at most
+REVISION = 1  # to be raised with each change of speed: what was measured before is then void
 _WARPS = 8  # of a program; a guess, not measured
 _PROGRAMS = 264  # a split aims at two programs on each of an H200's 132 processors; not measured
 
@@ -34,7 +36,7 @@ def nm_gemv(
     layout: GemvLayout,
     bias: Tensor | None = None,  # [rows]
     *,
-    warps: int = _WARPS,
+    warps: int | None = None,
     split: int | None = None,
 ) -> Tensor:
     """The product x @ weight.T + bias, [tokens, rows] in the dtype of x; equals `nm_gemv_reference`.
@@ -45,7 +47,7 @@ def nm_gemv(
         x: activations.
         layout: the weight.
         bias: any floating dtype.
-        warps: of a program, a power of two: in how many parts it takes the columns.
+        warps: of a program, a power of two: in how many parts it takes the columns; None is the default.
         split: programs that share the columns of 32 rows; None chooses by the size of the matrix.
 
     Raises:
@@ -56,6 +58,7 @@ def nm_gemv(
 
     chunk, (rows, columns), tokens = layout.chunk, layout.shape, x.shape[0]
     blocks, chunks = layout.words.shape[:2]
+    warps = warps or _WARPS
     split = split or _split(blocks, -(-chunks // warps))
     wide, tiles = _tokens(tokens)
     even = chunks % warps == 0 and chunks * chunk.columns == columns

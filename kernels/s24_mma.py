@@ -14,8 +14,8 @@ State: the source of the kernel, its inline assembly included, gives the product
 of the instructions runs it on a CPU (tests/gluon_on_cpu.py, tests/test_kernel_s24_mma.py); places are ordered
 as torch orders them for CUTLASS; it compiles with Triton 3.6, 3.7 and 3.9 for sm_80, 86, 89, 90, 100 and 120,
 with neither spills nor shared memory in the loop (tests/test_kernel_codegen.py). **It has not run on a
-GPU.** Its speed is unknown, warps and split are guesses, and nothing dispatches to it yet. `unavailable`
-compares it with the reference once on each GPU before use.
+GPU.** Its speed is unknown, warps and split are guesses. Layers are held for it where `unavailable`, which
+compares it with the reference once on each GPU, and the table of measurements have nothing against it.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from .packed import pack
 from .s24_layout import COLUMNS, TILES, S24Layout, dense_s24, pack_gate_up, pack_s24
 
 TOKENS = 64  # at most
+REVISION = 1  # to be raised with each change of speed: what was measured before is then void
 _WARPS = 8  # of a program; a guess, not measured
 _PROGRAMS = 264  # a split aims at two programs on each of an H200's 132 processors; not measured
 
@@ -38,7 +39,7 @@ def s24_mma(
     layout: S24Layout,
     bias: Tensor | None = None,  # [rows], gated [2 * rows]: of gate, then of up
     *,
-    warps: int = _WARPS,
+    warps: int | None = None,
     split: int | None = None,
 ) -> Tensor:
     """The product x @ weight.T + bias, [tokens, rows] in the dtype of x; equals `s24_mma_reference`.
@@ -51,7 +52,7 @@ def s24_mma(
         x: activations.
         layout: the weight, or gate and up.
         bias: any floating dtype.
-        warps: of a program, a power of two: in how many parts it takes the columns.
+        warps: of a program, a power of two: in how many parts it takes the columns; None is the default.
         split: programs that share the columns of 32 rows; None chooses by the size of the matrix.
 
     Raises:
@@ -63,6 +64,7 @@ def s24_mma(
     rows, tokens = layout.shape[0], x.shape[0]
     tiles, chunks = layout.words.shape[:2]
     programs = tiles // TILES
+    warps = warps or _WARPS
     split = split or max(1, min(_PROGRAMS // programs, chunks // warps))
     share = -(-chunks // split)
     y = x.new_empty((tokens, rows))

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from llmprune.kernels import gpu
+from llmprune.kernels import gpu, measure, table
 from llmprune.kernels.expanding import how
 from llmprune.kernels.interface import Case
 from llmprune.kernels.packed import Packed, pack, select, unpack_bits
@@ -33,6 +34,8 @@ class Words(ABC):
     m: int
     tokens: int
     """Up to how many the kernel takes."""
+    revision: int
+    """Of the kernel's code, for the table."""
 
     @abstractmethod
     def unavailable(self, device: torch.device) -> str | None:
@@ -50,9 +53,19 @@ class Words(ABC):
 
     @abstractmethod
     def product(
-        self, x: Tensor, words: Tensor, bias: Tensor | None, shape: tuple[int, int]
+        self,
+        x: Tensor,
+        words: Tensor,
+        bias: Tensor | None,
+        shape: tuple[int, int],
+        warps: int | None = None,
+        split: int | None = None,
     ) -> Tensor:
-        """The product of few tokens, x [tokens, columns], by the kernel."""
+        """The product of few tokens, x [tokens, columns], by the kernel; None is its default."""
+
+    @abstractmethod
+    def splits(self, sides: tuple[int, int], warps: int) -> list[int]:
+        """In how many parts it may be worth to split the columns of a matrix (out, in), 1 first."""
 
     def launches(self, device: torch.device) -> bool:
         """Whether `product` can run on tensors that lie there."""
@@ -92,13 +105,39 @@ class Words(ABC):
 
     def slow(self, case: Case) -> str | None:
         """Why dense is better by what was measured, or None; only of a case that is not unfit."""
-        return None
+        matrix = self.matrix(gpu.whole(case.device), case.sides, case.dtype)
+        if (why := measure.FAILED.get(matrix)) is not None:
+            return why
+        slow = table.current().slow(matrix)
+        if slow is None:
+            return None
+        return f"measured slower than dense at {_tokens(slow.tokens)} ({slow.gain:.2f}x)"
+
+    def matrix(
+        self, device: torch.device, sides: tuple[int, int], dtype: torch.dtype
+    ) -> table.Matrix:
+        """How the table knows a matrix (out, in) that lies there."""
+        return _matrix(self, device, sides, dtype)
+
+    def timing(self, matrix: table.Matrix, tokens: int) -> table.Timing | None:
+        """What was measured of the kernel for so many tokens or the next more, or None."""
+        found = table.current().at(matrix, tokens)
+        return found if found is not None and found.kernel_us is not None else None
 
     def route(self, case: Case) -> str:
         """See `Kernel.route`."""
-        if 0 < case.tokens <= self.tokens:
-            return "by the kernel"
-        return f"expanded into scratch memory {how(case.device)}, then by cuBLAS"
+        expand = f"expanded into scratch memory {how(case.device)}, then by cuBLAS"
+        if not 0 < case.tokens <= self.tokens:
+            return expand
+        matrix = self.matrix(gpu.whole(case.device), case.sides, case.dtype)
+        timing = self.timing(matrix, case.tokens)
+        if timing is None:
+            return f"by the kernel; not measured{measure.left_out(matrix)}"
+        measured = (
+            f"{timing.best:.1f} us, dense {timing.dense_us:.1f} us at {_tokens(timing.tokens)}"
+        )
+        by = "by the kernel" if timing.by_kernel else expand
+        return f"{by}; measured: {measured}"
 
     def prepare(self, packed: Packed) -> list[Tensor]:
         """See `Kernel.prepare`.
@@ -141,7 +180,13 @@ class Words(ABC):
         """See `Kernel.matmul`."""
         rows, columns = shape
         if not transposed and 0 < len(x) <= self.tokens and self.launches(x.device):
-            return self.product(x, layout[1], bias, (rows, columns))
+            matrix = self.matrix(x.device, (rows, columns), x.dtype)
+            timing = self.timing(matrix, len(x))
+            if timing is None:
+                return self.product(x, layout[1], bias, (rows, columns))
+            if timing.by_kernel:
+                launch = timing.warps, timing.split
+                return self.product(x, layout[1], bias, (rows, columns), *launch)
         return times(x, lambda: self.expanded(layout, shape), bias, shape, transposed)
 
     def _all_full(self, packed: Packed) -> bool:
@@ -160,3 +205,16 @@ class Words(ABC):
         if most > self.n:
             raise ValueError(f"not {self.n}:{self.m}: a group keeps {most}")
         return least == self.n
+
+
+@lru_cache(4096)
+def _matrix(
+    kernel: Words, device: torch.device, sides: tuple[int, int], dtype: torch.dtype
+) -> table.Matrix:
+    name, capability = gpu.identity(device)
+    pattern, of = f"{kernel.n}:{kernel.m}", str(dtype).removeprefix("torch.")
+    return table.Matrix(name, capability, kernel.name, kernel.revision, pattern, *sides, of)
+
+
+def _tokens(tokens: int) -> str:
+    return "1 token" if tokens == 1 else f"{tokens} tokens"

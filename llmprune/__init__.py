@@ -58,7 +58,12 @@ def __dir__() -> list[str]:
     return [*__all__, "__version__"]
 
 
-_OF_KERNELS = {"explain": "kernels.choice", "prepare": "runtime.laid_out"}
+_OF_KERNELS = {
+    "explain": "kernels.choice",
+    "prefer": "kernels.choice",
+    "prepare": "runtime.laid_out",
+    "tune": "kernels.tuning",
+}
 
 
 def _of_kernels(name: str) -> Any:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,10 @@ if not HAS_CUDA:
         "triton was imported before conftest could choose its interpreter"
     )
     os.environ["TRITON_INTERPRET"] = "1"
+# Nothing is measured on the way, and no test reads or writes what this user has measured.
+os.environ["LLMPRUNE_MEASURE"] = "0"
+os.environ["LLMPRUNE_CACHE"] = tempfile.mkdtemp(prefix="llmprune-tests-")
+atexit.register(shutil.rmtree, os.environ["LLMPRUNE_CACHE"], ignore_errors=True)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # Test tensors are small: more threads only wait for each other, and tests share their machine.

@@ -13,7 +13,7 @@ from gluon_on_cpu import on_cpu
 from kernel_harness import MASKS, assert_within, bits, nm_matrix, truth
 from torch import Tensor
 
-from llmprune.kernels import choice, cusparselt, held
+from llmprune.kernels import choice, cusparselt, gpu, held
 from llmprune.kernels.held import S24_MMA, gemv
 from llmprune.kernels.interface import Case, Kernel
 from llmprune.kernels.packed import Packed, pack, unpack
@@ -188,6 +188,8 @@ def gpu_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(held.S24, "unavailable", lambda self, device: None)
     monkeypatch.setattr(held.nm_gemv, "unavailable", lambda device, n, m: None)
     monkeypatch.setattr(cusparselt, "unavailable", lambda device: None)
+    monkeypatch.setattr(gpu, "identity", lambda device: ("NVIDIA A", "9.0"))
+    monkeypatch.setattr(gpu, "missing", lambda device: "no GPU in truth")
 
 
 @pytest.mark.usefixtures("gpu_here")
@@ -250,3 +252,74 @@ def test_names_are_found() -> None:
     assert choice.find("nm_gemv 4:8") is gemv(4, 8)
     with pytest.raises(ValueError, match="no kernel 'nm_gemv'"):
         choice.find("nm_gemv")
+
+
+# cuSPARSELt, whose operations no CPU has: here they hold and multiply the dense matrix
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Shapes of the inputs that torch's operation was given."""
+    given = list[tuple[int, ...]]()
+
+    def multiply(
+        compressed: Tensor, b: Tensor, bias: Tensor | None, transpose_result: bool
+    ) -> Tensor:
+        assert transpose_result
+        assert b.T.is_contiguous()
+        given.append(tuple(b.shape))
+        return torch.nn.functional.linear(b.T, compressed, bias)
+
+    monkeypatch.setattr(torch, "_cslt_compress", torch.clone, raising=False)
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", multiply, raising=False)
+    return given
+
+
+def test_cusparselt_takes_many_tokens(stand_in: list[tuple[int, ...]]) -> None:
+    kernel, dense = choice.find("cusparselt"), nm_matrix(32, 64, 2, 4, torch.bfloat16)
+    packed = pack(dense)
+    layout = kernel.prepare(packed)
+    assert same(kernel.packed(layout, packed.shape), packed)
+    assert torch.equal(kernel.expanded(layout, packed.shape), dense)
+    torch.manual_seed(0)
+    for tokens in (0, 1, 64, 65, 72, 100):
+        x, bias = torch.randn(tokens, 64).bfloat16(), torch.randn(32).bfloat16()
+        y = sparse_linear(x, layout, bias, "cusparselt", packed.shape)
+        assert y.is_contiguous()
+        if tokens:
+            assert_within(y, *truth(x, dense, bias))
+    assert stand_in == [(64, 72), (64, 72), (64, 104)]  # padded to a multiple of 8
+    flow = torch.randn(80, 32).bfloat16()
+    y = kernel.matmul(flow, layout, None, packed.shape, True)
+    assert_within(y, *truth(flow, dense.T))
+    assert len(stand_in) == 3
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_the_trial_of_cusparselt_finds_a_wrong_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    assert cusparselt.unavailable(cpu) == "needs an NVIDIA GPU"
+    assert cusparselt._wrong(cpu) is None
+    plain = torch._cslt_sparse_mm
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", lambda *a, **k: plain(*a, **k) * 1.1)
+    assert cusparselt._wrong(cpu) == "77 tokens of [64, 128] torch.bfloat16"
+
+
+def test_cusparselt_says_when_torch_is_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "missing", lambda device: None)
+    monkeypatch.setattr(gpu, "occupied", lambda device: False)
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: False)
+    why = cusparselt.unavailable(torch.device("cuda", 7))
+    assert why == "this torch was built without cuSPARSELt"
+
+
+@pytest.mark.usefixtures("gpu_here")
+def test_cusparselt_is_explained() -> None:
+    told = choice.explain(type("L", (), {"case": lambda _, t: CUDA, "kernel": "s24_mma"})(), 1)
+    assert told.refused == {
+        "cusparselt": 'only when asked for: llmprune.kernels.prefer("cusparselt")'
+    }
+    kernel = choice.find("cusparselt")
+    assert kernel.route(CUDA).startswith("as s24_mma: by the kernel")
+    assert kernel.route(replace(CUDA, tokens=65)) == "by cuSPARSELt"
+    assert "multiples of 16" in str(kernel.unfit(replace(CUDA, shape=(72, 128))))

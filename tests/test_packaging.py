@@ -51,6 +51,9 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
         target = copy / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, target, follow_symlinks=False)
+    table = copy / "kernels" / "measured" / "made-up.json"
+    table.parent.mkdir(exist_ok=True)
+    table.write_text('{"format": 1, "rows": []}\n')
     return copy
 
 
@@ -65,9 +68,11 @@ def sdist(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def expected() -> set[str]:
-    """Every file of the package: Python, the demo model and py.typed, the links followed."""
-    names = {
-        name for name in tracked(ROOT) if name.endswith((".py", "py.typed")) or "/model/" in name
+    """Every file of the package: Python, the demo model, tables and py.typed, the links followed."""
+    names = {"kernels/measured/made-up.json"} | {
+        name
+        for name in tracked(ROOT)
+        if name.endswith((".py", "py.typed")) or "/model/" in name or "/measured/" in name
     }
     inside = {name for name in names if name.startswith("llmprune/")}
     return inside | {f"llmprune/{n}" for n in names if n.startswith(("kernels/", "eval/"))}
