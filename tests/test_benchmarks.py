@@ -195,3 +195,16 @@ def test_a_second_family_is_trained_and_loads(root: Path, tmp_path: Path, shape:
     assert 1 < about["validation perplexity"] < 3000
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     assert config["model_type"] == shape
+
+
+def test_solvers_are_timed_on_a_wide_layer(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "wide.json"
+    command = [sys.executable, "benchmarks/wide_layer.py", "--width", "64", "--rows", "8", "32"]
+    command += ["--patterns", "2:4", "--out", str(out)]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = {row["case"]: row for row in json.loads(out.read_text())["rows"]}
+    assert rows["alps"]["loss"] < rows["sparsegpt + refit"]["loss"] < rows["sparsegpt"]["loss"]
+    assert rows["sparsegpt + swaps"]["loss"] < rows["sparsegpt + refit"]["loss"]
+    assert all(row["seconds_matrix"] >= row["seconds_shared"] >= 0 for row in rows.values())
