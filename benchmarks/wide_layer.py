@@ -3,9 +3,9 @@ r"""What the solvers that use a whole Gram matrix cost and lose on a layer as wi
     python benchmarks/wide_layer.py --out benchmarks/results/wide-layer.json
 
 A matrix [4096, 4096] on one processor, of which some rows are solved: what all rows share (a factor, an
-eigendecomposition) and what each row takes are told apart by two numbers of rows, and the seconds of the whole
-matrix follow. Weights are normal; the inputs have a spectrum that falls as that of hidden states does, and
-features of uneven size. The loss is the share of the output's energy that is gone on other tokens.
+eigendecomposition) and what each row takes are told apart by two numbers of rows, and the seconds of the
+whole matrix follow. Weights are normal; the inputs have a spectrum that falls as that of hidden states does,
+and features of uneven size. The loss is the share of the output's energy that is gone on other tokens.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def measured(
         "pattern": share,
         "seconds_shared": round(shared, 2),
         "seconds_per_row": round(each, 4),
-        "seconds_matrix": round(shared + each * weight.shape[1], 1),
+        "seconds_matrix": round(shared + each * weight.shape[1], 2),
         "loss": round(lost(weight, pruned, away), 5),
     }
 
