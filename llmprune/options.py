@@ -116,7 +116,7 @@ def _pruning_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="a setting of the repair: epochs, rate, batch, seconds (per block), held_out, patience, tune, "
+        help="a setting of the repair: epochs, rate, tokens, seconds (per block), held_out, patience, tune, "
         "seed",
     )
     group.add_argument(

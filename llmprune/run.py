@@ -198,7 +198,8 @@ def _pruned(
                 done.settle()
                 yield matrix, done.report, done.keep
         return
-    more = task.repair.steps(sum(map(len, walker.batches))) if task.repair else None
+    seqlen = walker.batches[0].shape[1]
+    more = task.repair.steps(sum(map(len, walker.batches)), seqlen) if task.repair else None
     with Bar(walker.steps(chosen, more), "pruning", enabled=progress) as bar:
         yield from prune_blocks(walker, chosen, task, bar.step, repaired)
 

@@ -131,8 +131,9 @@ class Streaming:
                 count += batches + here + self.ranks.leads
             count += batches * self._passes(index)
             if self.task.repair is not None:
-                windows = sum(map(len, self.batches)) * self.ranks.world
-                count += batches + bool(here) * self.task.repair.steps(windows)
+                windows, seqlen = sum(map(len, self.batches)), self.batches[0].shape[1]
+                steps = self.task.repair.steps(windows * self.ranks.world, seqlen)
+                count += batches + steps * bool(here)
         return count
 
     def _here(self, index: int | None) -> list[Matrix]:

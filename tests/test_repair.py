@@ -101,7 +101,7 @@ def test_outputs_on_windows_that_it_never_saw_come_nearer(
 
 def test_it_is_adam_on_the_block_alone() -> None:
     """The last block, two epochs: torch's own Adam on a copy, run by hand on the two streams."""
-    how = Repair(epochs=2, batch=4, held_out=0.125, rate=0.01, seed=3)
+    how = Repair(epochs=2, tokens=70, held_out=0.125, rate=0.01, seed=3)
     dense, plain, repaired = llama(), llama(), llama()
     only = {"targets": ["re:model.layers.2.*"], "method": "wanda"}
     _, masks = pruned(plain, **only)
@@ -116,9 +116,9 @@ def test_it_is_adam_on_the_block_alone() -> None:
     keeps = {f"{name[len('model.layers.2.') :]}.weight": m for name, m in masks.items()}
     groups = []
     for name, p in named.items():
-        kept = p.detach()[keeps[name]] if name in keeps else p.detach()
-        groups.append({"params": [p], "size": float(kept.square().mean().sqrt())})
-    adam = torch.optim.Adam(groups)
+        kept, pace = (p.detach()[keeps[name]], 1) if name in keeps else (p.detach(), 0.1)
+        groups.append({"params": [p], "size": pace * float(kept.square().mean().sqrt())})
+    adam = torch.optim.Adam(groups, betas=(0.9, 0.95))
     order = torch.Generator().manual_seed(3 + 2)
     number, whole = 0, 2 * 6
     for _ in range(2):
@@ -188,7 +188,7 @@ def test_half_precision_is_tuned_in_float32() -> None:
     name = "model.layers.0.mlp.up_proj.weight"
     assert first[name].dtype == second[name].dtype == torch.bfloat16
     moved = (first[name] != second[name])[first[name] != 0]  # block 0: the same mask
-    assert moved.float().mean() > 0.1
+    assert moved.float().mean() > 0.05
     assert errors(usual, dense)[-1] < errors(small, dense)[-1] < errors(plain, dense)[-1]
     for matrix in matrices(usual):
         assert not (matrix.weight != 0)[~masks[matrix.name]].any()
@@ -324,7 +324,7 @@ def test_a_block_without_gradients_is_named() -> None:
         ("epoch", 3, "repair has no setting 'epoch': did you mean 'epochs'"),
         ("epochs", 0, "setting epochs of repair is a number from 1 on, got 0"),
         ("epochs", "two", "setting epochs of repair takes a whole number, got 'two'"),
-        ("batch", -1, "setting batch of repair is a number from 1 on, got -1"),
+        ("tokens", -1, "setting tokens of repair is a number from 1 on, got -1"),
         ("rate", 0, "setting rate of repair is a share of the weights above 0 and up to 1, got 0"),
         ("rate", "nan", "setting rate of repair is a share of the weights above 0"),
         ("held_out", 1, "setting held_out of repair is a share of the windows between 0 and 1"),

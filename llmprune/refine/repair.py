@@ -114,7 +114,8 @@ class _Repairing:
     def __post_init__(self) -> None:
         self.windows = Windows(self.walker.batches, self.ranks)
         self.learnt, self.held = self.settings.parted(self.windows.count)
-        self.whole = self.settings.steps(self.windows.count)
+        self.seqlen = self.walker.batches[0].shape[1]
+        self.whole = self.settings.steps(self.windows.count, self.seqlen)
         self.some = self.learnt[:: math.ceil(len(self.learnt) / len(self.held))]
         sizes = sorted(part.size for part in self.parts if part.size > 0)
         self.usual = sizes[len(sizes) // 2] if sizes else 0.0
@@ -169,13 +170,13 @@ class _Repairing:
 
     def _steps(self, order: torch.Generator) -> list[list[int]]:
         """The windows of each step of an epoch."""
-        size = self.settings.batch
+        size = self.settings.windows(self.seqlen)
         mixed = [self.learnt[i] for i in torch.randperm(len(self.learnt), generator=order).tolist()]
         return [mixed[i : i + size] for i in range(0, len(mixed), size)]
 
     def _step(self, chosen: Sequence[int], number: int, gone: float, first: _Error) -> None:
         """Step `number` of Adam, on the windows `chosen`, when `gone` of the repair is over."""
-        tokens = len(chosen) * self.walker.batches[0].shape[1]
+        tokens = len(chosen) * self.seqlen
         # gradients of about one, whatever the dtype: half precision does not hold very small ones
         self._add_gradients(chosen, 1 / math.sqrt(tokens * first.lost / first.values))
         self.ranks.add_up([part.gradient for part in self.parts])

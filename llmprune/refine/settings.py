@@ -21,7 +21,7 @@ class Repair:
         epochs: how often all windows are gone through.
         rate: length of a step of Adam, as a share of the root mean square of what it changes; it rises
             over the first steps and then falls to zero along a cosine.
-        batch: windows per step.
+        tokens: for a step: as many whole windows as they make, and at least one.
         seconds: time for one block after which its repair ends; 0 is any. What a limit lets
             through depends on the machine, and so does the result.
         held_out: share of the windows that is not learnt from, and by which the best epoch is chosen.
@@ -31,8 +31,8 @@ class Repair:
     """
 
     epochs: int = 4
-    rate: float = 0.02
-    batch: int = 8
+    rate: float = 0.08
+    tokens: int = 1024
     seconds: float = 0.0
     held_out: float = 0.0625
     patience: int = 2
@@ -40,7 +40,7 @@ class Repair:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch"):
+        for name in ("epochs", "tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(
                     f"setting {name} of repair is a number from 1 on, got {getattr(self, name)}"
@@ -73,9 +73,13 @@ class Repair:
         out = {(2 * i + 1) * windows // (2 * held) for i in range(held)}
         return [n for n in range(windows) if n not in out], sorted(out)
 
-    def steps(self, windows: int) -> int:
-        """Steps of all epochs where there are so many windows."""
-        return self.epochs * math.ceil(len(self.parted(windows)[0]) / self.batch)
+    def windows(self, seqlen: int) -> int:
+        """Windows of `seqlen` tokens in a step."""
+        return max(1, self.tokens // seqlen)
+
+    def steps(self, windows: int, seqlen: int) -> int:
+        """Steps of all epochs where there are so many windows of `seqlen` tokens."""
+        return self.epochs * math.ceil(len(self.parted(windows)[0]) / self.windows(seqlen))
 
     def as_dict(self) -> dict[str, Any]:
         """Every setting with its value, defaults too."""
