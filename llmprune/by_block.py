@@ -16,6 +16,7 @@ from llmprune.checkpoint.shelf import Shelf
 from llmprune.eval.perplexity import Losses, check_losses, window_losses
 from llmprune.lockstep import check_walk
 from llmprune.memory import SLACK, Budget, of_model
+from llmprune.parallel import Ranks
 from llmprune.preserve import evaluating
 from llmprune.progress import Bar
 from llmprune.sweep import pass_on
@@ -42,7 +43,7 @@ def losses_by_block(shelf: Shelf, budget: Budget, folder: Path | None = None) ->
             torch.no_grad(),
             Bar(steps, "perplexity", enabled=progress) as bar,
         ):
-            hidden = Activations(Path(place), len(batches), _rooms(shelf, budget), shelf.device)
+            hidden = Activations(Path(place), len(batches), rooms(shelf, budget), shelf.device)
             check_walk(shelf, walker, bar.step)
             _through_blocks(shelf, walker, hidden, bar.step)
             shelf.release_rest()
@@ -72,10 +73,21 @@ def _through_blocks(
         shelf.release(index)
 
 
-def _rooms(shelf: Shelf, budget: Budget) -> list[tuple[torch.device, int]]:
+def rooms(shelf: Shelf, budget: Budget) -> list[tuple[torch.device, int]]:
     """Where hidden states may stay beside one block or the output head."""
     block = max(of_model(layer) for layer in shelf.layers)
     rooms = [(shelf.device, budget.device - block - SLACK)]
     if shelf.device.type != "cpu":
         rooms.append((torch.device("cpu"), budget.memory - SLACK))
     return rooms
+
+
+def share_windows(losses: Losses, ranks: Ranks) -> Losses:
+    """A way to the losses where each process takes some of the windows."""
+
+    def share(model: Any, windows: Tensor, batch_size: int, progress: bool) -> Tensor:
+        batches = torch.split(windows, batch_size)[ranks.span(-(-len(windows) // batch_size))]
+        found = [losses(model, torch.cat(batches), batch_size, progress)] if batches else []
+        return torch.cat([part for some in ranks.gather(found) for part in some])
+
+    return losses if ranks.world == 1 else share

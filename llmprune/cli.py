@@ -14,11 +14,12 @@ from llmprune.parallel import joined, started
 
 if TYPE_CHECKING:
     from llmprune.choices import ModelChoice, Voice
+    from llmprune.config import PruneConfig
     from llmprune.parallel import Ranks
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 TERMINATED = 143  # 128 + SIGTERM
-_COMMANDS = ("prune", "eval", "inspect", "convert", "methods")
+_COMMANDS = ("prune", "eval", "inspect", "convert", "methods", "allocations")
 
 
 def entry() -> NoReturn:
@@ -45,6 +46,7 @@ def main(argv: Sequence[str]) -> int:
             "inspect": _inspect,
             "convert": _convert,
             "methods": _methods,
+            "allocations": _allocations,
         }
         return commands[command](argv)
     except LLMPruneError as error:
@@ -107,33 +109,13 @@ def prune(argv: Sequence[str], ranks: Ranks) -> int:
     args = prune_parser().parse_args(argv)
     from llmprune.job import run
     from llmprune.order import Job
-    from llmprune.run import PruneConfig
 
     voice, choice = _voice(args) if ranks.leads else _silence(), _choice(args)
 
-    config = PruneConfig(
-        sparsity=args.sparsity,
-        method=args.method,
-        settings=_settings(args.set, "--set"),
-        within=args.within,
-        ragged=args.ragged,
-        targets=args.targets,
-        ignore=args.ignore,
-        calibration=args.calibration or ("demo" if args.model == "demo" else "wikitext2"),
-        text_column=args.text_column,
-        samples=args.samples,
-        seqlen=args.seqlen,
-        seed=args.seed,
-        batch_size=args.batch_size,
-        calibrate_all_experts=args.calibrate_all_experts,
-        sums=args.sums,
-        repair=args.repair,
-        repair_settings=_settings(args.repair_set, "--repair-set"),
-    )
     run(
         Job(
             choice=choice,
-            prune=config,
+            prune=_config(args),
             voice=voice,
             save=args.save,
             overwrite=args.overwrite,
@@ -153,8 +135,41 @@ def prune(argv: Sequence[str], ranks: Ranks) -> int:
     return 0
 
 
+def _config(args: argparse.Namespace) -> PruneConfig:
+    """What decides the result."""
+    from llmprune.config import PruneConfig
+
+    return PruneConfig(
+        sparsity=args.sparsity,
+        method=args.method,
+        settings=_settings(args.set, "--set"),
+        within=args.within,
+        ragged=args.ragged,
+        targets=args.targets,
+        ignore=args.ignore,
+        calibration=args.calibration or ("demo" if args.model == "demo" else "wikitext2"),
+        text_column=args.text_column,
+        samples=args.samples,
+        seqlen=args.seqlen,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        calibrate_all_experts=args.calibrate_all_experts,
+        sums=args.sums,
+        repair=args.repair,
+        repair_settings=_settings(args.repair_set, "--repair-set"),
+        allocation=args.allocation,
+        allocation_settings=_allocation_settings(args),
+    )
+
+
+def _allocation_settings(args: argparse.Namespace) -> dict[str, str]:
+    """What was set of the allocation; `--budget-minutes` is one of them by another name."""
+    minutes = {} if args.budget_minutes is None else {"minutes": args.budget_minutes}
+    return {**_settings(args.allocation_set, "--allocation-set"), **minutes}
+
+
 def _settings(pairs: Sequence[str], option: str) -> dict[str, str]:
-    """`key=value` texts as a mapping."""
+    """The `key=value` texts after `option` as a mapping."""
     settings: dict[str, str] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
@@ -234,29 +249,21 @@ def _convert(argv: Sequence[str]) -> int:
 
 
 def _methods(argv: Sequence[str]) -> int:
+    return _listing(argv, "methods", "--set")
+
+
+def _allocations(argv: Sequence[str]) -> int:
+    return _listing(argv, "allocations", "--allocation-set")
+
+
+def _listing(argv: Sequence[str], what: str, option: str) -> int:
     parser = parser_for(
-        "python -m llmprune methods", "Every method with its settings (--set key=value)."
+        f"python -m llmprune {what}", f"Every one with its settings ({option} key=value)."
     )
     parser.add_argument("--json", action="store_true", help="print as JSON")
     args = parser.parse_args(argv)
-    import json
+    from llmprune import listing
 
-    from llmprune.methods import known, offered
-
-    if args.json:
-        plain = {
-            name: {
-                "paper": method.paper,
-                "within": method.within,
-                "settings": offered(name),
-            }
-            for name, method in known().items()
-        }
-        print(json.dumps(plain, indent=2))
-        return 0
-    for name, method in known().items():
-        summary = (method.__doc__ or "").strip().splitlines()[0]
-        print(f"{name}: {summary}\n    {method.paper}; compares within {method.within}")
-        for key, default in offered(name).items():
-            print(f"    --set {key}={str(default).lower()}")
+    entries = listing.methods() if what == "methods" else listing.allocations()
+    print(listing.as_json(entries) if args.json else listing.as_text(entries, option))
     return 0

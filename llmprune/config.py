@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from llmprune import allocation as allocations
 from llmprune import methods
+from llmprune.allocation import Allocation
 from llmprune.errors import ConfigError
 from llmprune.methods.base import Method
 from llmprune.pattern import Pattern, Within, parse
@@ -37,6 +39,8 @@ class PruneConfig:
         sums: float32, or float64 at three times the memory, rounded once: see `--help`.
         repair: tune each block, once it is pruned, towards what it gave before.
         repair_settings: the fields of `llmprune.refine.settings.Repair`.
+        allocation: how the sparsity is shared out over matrices: a file in `llmprune.allocation`.
+        allocation_settings: the allocation's own fields.
     """
 
     sparsity: float | str | Pattern = 0.5
@@ -56,10 +60,13 @@ class PruneConfig:
     sums: Literal["float32", "float64"] = "float32"
     repair: bool = False
     repair_settings: Mapping[str, Any] = field(default_factory=dict)
+    allocation: str = "uniform"
+    allocation_settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.built()
+        method, pattern = self.built()
         self.repairing()
+        self.allocated().check(method, pattern)
         if self.ragged not in ("error", "dense"):
             raise ConfigError(f"ragged is error or dense, got {self.ragged!r}")
         if self.sums not in ("float32", "float64"):
@@ -92,6 +99,19 @@ class PruneConfig:
             raise ConfigError(f"{given} is of a repair: add --repair (repair=True)")
         return repairs.build(self.repair_settings) if self.repair else None
 
+    def allocated(self) -> Allocation:
+        """The allocation these settings stand for.
+
+        Raises:
+            ConfigError: when a name or value makes no sense.
+        """
+        return allocations.build(self.allocation, self.allocation_settings)
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether calibration windows are read: to prune, or for the allocation before."""
+        return self.task().needs_data or self.allocated().needs_data
+
     def task(self) -> Task:
         """What these settings do to every matrix."""
         flood, wide = self.calibrate_all_experts, self.sums == "float64"
@@ -115,4 +135,6 @@ class PruneConfig:
             "sums": self.sums,
             "repair": repair is not None,
             "repair_settings": repair.as_dict() if repair else {},
+            "allocation": self.allocation,
+            "allocation_settings": self.allocated().settings(),
         }

@@ -225,6 +225,7 @@ def _recipe(report: Report, pattern: str) -> str:
         *((f"- {key}", value) for key, value in (recipe.get("settings") or {}).items()),
         ("pattern", f"{pattern}{meaning}"),
         ("compared within", recipe.get("within")),
+        ("shared out by", report.allocation.get("name")),
         ("sparsity of the pruned matrices", f"{report.sparsity:.2%}"),
         ("left dense", sum(1 for layer in report.layers if layer.skipped) or None),
         ("calibration", data and f"{data.samples} windows of {data.seqlen} tokens, {data.source}"),

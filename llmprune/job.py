@@ -115,7 +115,7 @@ def _check_sparse(job: Job) -> None:
 
 def _with_calibration(job: Job, source: Source, tokenizer: Any) -> Job:
     """`job` with its calibration windows read, so that bad data stops the run before weights load."""
-    if not job.prune.task().needs_data:
+    if not job.prune.needs_data:
         return job
     data = job.ranks.tell(
         calibrate(job.prune, max_seqlen(source.config), tokenizer, progress=not job.voice.quiet)

@@ -21,6 +21,7 @@ other commands:
   python -m llmprune convert out small --format sparse
                                              without its zeros, or dense again
   python -m llmprune methods                 every method with its settings
+  python -m llmprune allocations             every allocation with its settings
 """
 
 
@@ -79,6 +80,7 @@ def prune_parser() -> argparse.ArgumentParser:
     )
     _model_options(parser)
     _pruning_options(parser)
+    _allocation_options(parser)
     _calibration_options(parser)
     _result_options(parser)
     _output_options(parser)
@@ -130,6 +132,29 @@ def _pruning_options(parser: argparse.ArgumentParser) -> None:
         "--targets", nargs="+", default=[], metavar="NAME", help=f"prune these instead ({names})"
     )
     group.add_argument("--ignore", nargs="+", default=[], metavar="NAME", help="leave these dense")
+
+
+def _allocation_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("allocation")
+    group.add_argument(
+        "--allocation",
+        default="uniform",
+        metavar="NAME",
+        help="how the sparsity is shared out over blocks or matrices, the total as exact as ever: uniform, "
+        "owl, alphapruning, search; with n:m a mix of levels (uniform)",
+    )
+    group.add_argument(
+        "--allocation-set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a setting of the allocation; see `python -m llmprune allocations`",
+    )
+    group.add_argument(
+        "--budget-minutes",
+        metavar="MINUTES",
+        help="how long --allocation search may search, short for --allocation-set minutes=MINUTES",
+    )
 
 
 def _calibration_options(parser: argparse.ArgumentParser) -> None:

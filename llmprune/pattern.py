@@ -131,6 +131,25 @@ class NM:
 
 
 Pattern = Unstructured | NM
+Level = Pattern | None
+"""What one matrix of several is to be pruned to; None for one that stays dense."""
+DENSE = "dense"
+
+
+def as_text(level: Level) -> str:
+    """A level as text that `from_text` reads back exactly."""
+    if level is None:
+        return DENSE
+    return repr(level.sparsity) if isinstance(level, Unstructured) else str(level)
+
+
+def from_text(text: str | None, base: Pattern) -> Level:
+    """The level that `as_text` wrote in a run of the pattern `base`, which it is without a text."""
+    if text is None:
+        return base
+    if text == DENSE:
+        return None
+    return replace(base, sparsity=float(text)) if isinstance(base, Unstructured) else parse(text)
 
 
 def keep_highest(score: Tensor, removed: int) -> Tensor:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from llmprune.errors import ConfigError, ModelError, NumericalError
 from llmprune.methods.base import Method, Pruned
 from llmprune.model import Matrix
-from llmprune.pattern import NM, Pattern, true_in
+from llmprune.pattern import NM, Pattern, as_text, true_in
 from llmprune.refine.settings import Repair
 from llmprune.report import LayerReport
 from llmprune.stats import InputSample, Stats
@@ -24,16 +24,17 @@ CHUNK = 2**20  # weights that are measured at a time; of 64 and 256 thousand and
 
 @dataclass(frozen=True)
 class Task:
-    """What to do to every matrix: the same for the whole model.
+    """What to do to every matrix.
 
     Attributes:
         method: how.
-        pattern: what may go, its comparison group decided.
+        pattern: what may go, its comparison group decided; on average, where there are `levels`.
         ragged: leave a matrix dense whose rows the pattern does not divide, instead of refusing.
         all_experts: let every expert learn from all tokens, not from those that are routed to it.
         wide: sum statistics in float64.
         room: bytes that the statistics of a block may take at once; None is any number.
         repair: how each block is repaired once it is pruned; None is not at all.
+        levels: by name, what an allocation gives a matrix instead of `pattern`; None leaves it dense.
     """
 
     method: Method[Any]
@@ -43,11 +44,16 @@ class Task:
     wide: bool = False
     room: int | None = None
     repair: Repair | None = None
+    levels: Mapping[str, Pattern | None] = field(default_factory=dict)
 
     @property
     def needs_data(self) -> bool:
-        """Whether calibration data has to pass through the model."""
+        """Whether calibration data has to pass through the model while it is pruned."""
         return self.method.stats.needs_data or self.repair is not None
+
+    def level(self, matrix: Matrix) -> Pattern | None:
+        """What may go of a matrix; None for one that an allocation leaves dense."""
+        return self.levels.get(matrix.name, self.pattern)
 
 
 @dataclass(frozen=True)
@@ -88,16 +94,45 @@ def prune_matrices(
 ) -> Iterator[Done]:
     """Prune matrices that read one input, in place, and check what came out; `Done.settle` completes it.
 
-    The method may solve several as one; the seconds are then in the report of the first. `solve` takes
-    the place of the method where several processes share its work.
+    Those of one pattern follow each other, in the order of each pattern's first. The method may solve them as
+    one; the seconds are then in the report of the first. `solve` takes the place of the method where several
+    processes share its work.
 
     Raises:
         ModelError: rows that the pattern does not divide, unless they are left dense.
         NumericalError: naming the matrix, when the method fails or breaks its own promise.
     """
     sample = sample if sample and sample.tokens else None
-    if not task.pattern.fits(matrices[0].shape[1]):
-        yield from (_left_dense(matrix, stats, sample, task) for matrix in matrices)
+    for level, some in alike(matrices, task).items():
+        if level is None:
+            why = "the level that its allocation gives it"
+            yield from (_left_dense(m, stats, sample, why) for m in some)
+            continue
+        yield from _prune_alike(some, stats, sample, replace(task, pattern=level), solve)
+
+
+def alike(matrices: Sequence[Matrix], task: Task) -> dict[Pattern | None, list[Matrix]]:
+    """Matrices by what may go of them."""
+    found: dict[Pattern | None, list[Matrix]] = {}
+    for matrix in matrices:
+        found.setdefault(task.level(matrix), []).append(matrix)
+    return found
+
+
+def _prune_alike(
+    matrices: Sequence[Matrix],
+    stats: Stats,
+    sample: InputSample | None,
+    task: Task,
+    solve: Solve | None,
+) -> Iterator[Done]:
+    """Prune matrices that read one input to one pattern, that of `task`."""
+    features = matrices[0].shape[1]
+    if not task.pattern.fits(features):
+        if not task.ragged:
+            raise ragged_error(matrices[0], task.pattern)
+        why = f"rows of {features} under {task.pattern}"
+        yield from (_left_dense(matrix, stats, sample, why) for matrix in matrices)
         return
     task, known = _able(matrices, stats, task)
     solve = solve or task.method.prune_together
@@ -120,15 +155,12 @@ def prune_matrix(matrix: Matrix, stats: Stats, sample: InputSample | None, task:
     return next(prune_matrices([matrix], stats, sample, task))
 
 
-def _left_dense(matrix: Matrix, stats: Stats, sample: InputSample | None, task: Task) -> Done:
-    """A matrix whose rows the pattern does not divide, as it is."""
-    if not task.ragged:
-        raise ragged_error(matrix, task.pattern)
+def _left_dense(matrix: Matrix, stats: Stats, sample: InputSample | None, why: str) -> Done:
+    """A matrix as it is."""
     begun = time.perf_counter()
     keep = torch.ones(matrix.shape, dtype=torch.bool, device=matrix.weight.device)
     measured = _measure(matrix.weight, Pruned(matrix.weight, keep), sample)
     report = _report(matrix, measured, stats, {}, begun)
-    why = f"rows of {matrix.shape[1]} under {task.pattern}"
     return Done(matrix, replace(report, skipped=why), keep)
 
 
@@ -149,6 +181,7 @@ def _put(
     if wrong:
         raise NumericalError(f"{task.method.name} gave {wrong} at {matrix.name}")
     report = _report(matrix, measured, stats, dict(pruned.notes), begun)
+    report = replace(report, pattern=as_text(task.pattern))
     matrix.write(pruned.weight)
     if pruned.late is None:
         return Done(matrix, report, pruned.keep)

@@ -29,6 +29,7 @@ class LayerReport:
         skipped: why the matrix was left dense, or None.
         notes: what the method has to say, such as raised damping, or what it fell back to.
         expert: number of the expert it belongs to, or None for a matrix that every token reaches.
+        pattern: what it was pruned to, such as `0.5` or `2:4`; None where it was left dense.
     """
 
     name: str
@@ -42,6 +43,7 @@ class LayerReport:
     skipped: str | None = None
     notes: dict[str, float | int | str] = field(default_factory=dict)
     expert: int | None = None
+    pattern: str | None = None
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,7 @@ class Report:
             method needs no data.
         repair: one entry per block that was repaired.
         calibration: None when no data was needed.
+        allocation: what decided how much of each matrix goes, with what it found; empty for uniform.
         perplexity: by name, `dense` and `pruned`, when measured.
         seconds: wall clock by phase: `load`, `calibrate`, `prune`, ...
         versions: of python and the packages, the platform and the device.
@@ -131,6 +134,7 @@ class Report:
     walk: str | None = None
     repair: list[RepairReport] = field(default_factory=list)
     calibration: CalibrationReport | None = None
+    allocation: dict[str, Any] = field(default_factory=dict)
     perplexity: dict[str, PerplexityReport] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -168,6 +172,11 @@ class Report:
             shape = "x".join(map(str, layers[0].shape))
             lines.append(f"{kind:<28} {len(layers):>5} {shape:>14} {share:>9.2%} {error:>13}")
         lines.append(f"{'all':<28} {len(self.layers):>5} {self.weights:>14,} {self.sparsity:>9.2%}")
+        if self.allocation:
+            held = [layer.sparsity for layer in self.layers]
+            lines.append(
+                f"shared out by {self.allocation['name']}: {min(held):.2%} to {max(held):.2%}"
+            )
         if skipped := [layer for layer in self.layers if layer.skipped]:
             lines.append(f"left dense: {len(skipped)} ({skipped[0].name}: {skipped[0].skipped})")
         lines += self._experts()

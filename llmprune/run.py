@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from llmprune import calibration as calibrations
+from llmprune.allocation.decide import decide
 from llmprune.calibration import Calibration
 from llmprune.config import PruneConfig as PruneConfig
 from llmprune.errors import ConfigError
@@ -60,6 +62,8 @@ def prune(
     sums: Literal["float32", "float64"] = "float32",
     repair: bool = False,
     repair_settings: Mapping[str, Any] | None = None,
+    allocation: str = "uniform",
+    allocation_settings: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Report:
     """Prune a causal language model of transformers, in place.
@@ -88,6 +92,8 @@ def prune(
         sums: float32 or float64, which statistics are summed in.
         repair: tune each block, once it is pruned, towards what it gave before.
         repair_settings: how; the fields of `llmprune.refine.settings.Repair`.
+        allocation: name of an allocation, how the sparsity is shared out over matrices.
+        allocation_settings: the allocation's own fields.
         progress: show a progress bar on stderr.
 
     Returns:
@@ -115,6 +121,8 @@ def prune(
         sums=sums,
         repair=repair,
         repair_settings=repair_settings or {},
+        allocation=allocation,
+        allocation_settings=allocation_settings or {},
     )
     return prune_with(config, model, tokenizer, progress=progress)
 
@@ -131,30 +139,27 @@ def prune_with(
     """`prune` with its settings in one object; `on_mask` sees every keep mask, bool [out, in]."""
     model = unwrapped(model)
     task = config.task()
-    chosen = matrices(model, config.targets, config.ignore)
-    check_fit(chosen, task.pattern, config.ragged)
-    check_weights(chosen)
-    if config.calibrate_all_experts:
-        check_floodable(chosen)
+    chosen = _chosen(config, model, task)
     seconds: dict[str, float] = {}
-    data = None
-    if task.needs_data:
-        with timed(seconds, "calibration"):
-            data = calibrate(config, max_seqlen(model.config), tokenizer, progress=progress)
-            check_vocabulary(data.ids, data.source, model)
-        windows, seqlen = data.ids.shape
-        say(f"calibrating on {windows} windows of {seqlen} tokens from {data.source}")
-    else:
-        say(f"{config.method} looks at the weights alone: no calibration data is read")
-    begun = time.perf_counter()
+    with timed(seconds, "calibration"):
+        data = _windows(config, model, tokenizer, progress, say)
     layers: dict[str, LayerReport] = {}
     repaired: list[RepairReport] = []
+    begun = time.perf_counter()
     with evaluating(model), random_state(model):
         walker = _walker(model, data, config, say) if data else None
-        for matrix, report, keep in _pruned(walker, chosen, task, progress, repaired.append):
+        with timed(seconds, "allocation"):
+            decision = decide(config.allocated(), chosen, walker, task, progress)
+        task = replace(task, levels=decision.levels)
+        through = walker if task.needs_data else None
+        for matrix, report, keep in _pruned(through, chosen, task, progress, repaired.append):
             layers[matrix.name] = report
             on_mask(matrix, report, keep)
-    seconds["prune"] = time.perf_counter() - begun
+        seconds["prune"] = time.perf_counter() - begun - seconds["allocation"]
+    if data is None:
+        del seconds["calibration"]
+    if not decision.found:
+        del seconds["allocation"]
     result = Report(
         recipe=config.recipe(),
         model=describe(model),
@@ -162,12 +167,41 @@ def prune_with(
         walk=walker.kind if walker else None,
         repair=repaired,
         calibration=data.report() if data else None,
+        allocation=decision.found,
         seconds=seconds,
         versions=versions(next(model.parameters()).device),
     )
     if result.sparsity == 0:
         raise ConfigError(f"{task.pattern} removes no weight of any matrix; raise the sparsity")
     return result
+
+
+def _chosen(config: PruneConfig, model: nn.Module, task: Task) -> list[Matrix]:
+    """The matrices to prune, once it is known that they can be."""
+    chosen = matrices(model, config.targets, config.ignore)
+    check_fit(chosen, task.pattern, config.ragged)
+    check_weights(chosen)
+    if config.calibrate_all_experts:
+        check_floodable(chosen)
+    return chosen
+
+
+def _windows(
+    config: PruneConfig,
+    model: nn.Module,
+    tokenizer: Any,
+    progress: bool,
+    say: Callable[[str], None],
+) -> Calibration | None:
+    """What `model` is calibrated on, where anything is."""
+    if not config.needs_data:
+        say(f"{config.method} looks at the weights alone: no calibration data is read")
+        return None
+    data = calibrate(config, max_seqlen(model.config), tokenizer, progress=progress)
+    check_vocabulary(data.ids, data.source, model)
+    windows, seqlen = data.ids.shape
+    say(f"calibrating on {windows} windows of {seqlen} tokens from {data.source}")
+    return data
 
 
 def _walker(

@@ -42,11 +42,12 @@ def prune_shared(inputs: Sequence[Observed], task: Task, ranks: Ranks) -> Iterat
             seen.ready()
             yield from prune_matrices(seen.readers, seen.stats, seen.sample, task, solve)
             _release(seen, task)
-    mine: dict[int, list[Done]] = {}
+    mine: dict[int, dict[str, Done]] = {}
     for i, (seen, owner) in enumerate(zip(inputs, owners, strict=True)):
         if owner == ranks.rank:
             seen.ready()
-            mine[i] = list(prune_matrices(seen.readers, seen.stats, seen.sample, task))
+            done = prune_matrices(seen.readers, seen.stats, seen.sample, task)
+            mine[i] = {each.matrix.name: each for each in done}
             _release(seen, task)
     yield from _exchanged(inputs, owners, mine, ranks)
 
@@ -138,22 +139,22 @@ def _whole(weight: Tensor, part: Pruned, ranks: Ranks) -> Pruned:
 def _exchanged(
     inputs: Sequence[Observed],
     owners: Sequence[int | None],
-    mine: dict[int, list[Done]],
+    mine: dict[int, dict[str, Done]],
     ranks: Ranks,
 ) -> Iterator[Done]:
     """What each rank made of its own matrices, on every rank."""
-    told = ranks.gather({i: [_told(done) for done in some] for i, some in mine.items()})
+    told = ranks.gather({i: {n: _told(d) for n, d in some.items()} for i, some in mine.items()})
     known = {i: some for each in told for i, some in each.items()}
     for i, (seen, owner) in enumerate(zip(inputs, owners, strict=True)):
-        for n, matrix in enumerate(seen.readers if owner is not None else []):
+        for matrix in seen.readers if owner is not None else []:
             assert owner is not None
             weight = matrix.weight.contiguous()
             ranks.hand_out(weight, owner)
             if owner == ranks.rank:
-                yield mine[i][n]
+                yield mine[i][matrix.name]
                 continue
             matrix.write(weight)
-            report, where, final = known[i][n]
+            report, where, final = known[i][matrix.name]
             where, final = (None if t is None else t.to(weight.device) for t in (where, final))
             yield Done(matrix, report, torch.empty(0, dtype=torch.bool), where, final)
 

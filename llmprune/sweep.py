@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from llmprune.model import Matrix
 from llmprune.observe import Observer
 from llmprune.parallel import ALONE, Ranks
-from llmprune.prune_matrix import Done, Task, prune_matrices, prune_matrix
+from llmprune.prune_matrix import Done, Task, alike, prune_matrices, prune_matrix
 from llmprune.refine.repair import repair_block
 from llmprune.report import LayerReport, RepairReport
 from llmprune.rounds import of_statistics, rounds
@@ -166,9 +166,10 @@ def _prune_observed(
     for seen in observer.handed_out():
         seen.ready()
         results = prune_matrices(seen.readers, seen.stats, seen.sample, task)
-        for matrix in seen.readers:
-            tell(matrix.name)
-            yield next(results)
+        for some in alike(seen.readers, task).values():
+            for matrix in some:
+                tell(matrix.name)
+                yield next(results)
     for matrix in unreached:
         tell(matrix.name)
         yield prune_matrix(matrix, task.method.stats.empty(0, observer.device), None, task)

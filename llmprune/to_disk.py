@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from llmprune import hub, loading
-from llmprune.by_block import losses_by_block
+from llmprune.allocate import allocated, found_by
+from llmprune.by_block import losses_by_block, share_windows
 from llmprune.calibration import Calibration
 from llmprune.checkpoint.save import check_target, write_side_files
 from llmprune.checkpoint.shelf import Shelf
@@ -35,7 +36,6 @@ from llmprune.model import Matrix, check_vocabulary, matrices
 from llmprune.observe import check_floodable
 from llmprune.order import Job, Text
 from llmprune.packed_result import pack, room_to_pack
-from llmprune.parallel import Ranks
 from llmprune.preserve import evaluating, random_state
 from llmprune.progress import Bar, timed
 from llmprune.provenance import describe, versions
@@ -72,9 +72,9 @@ def run_to_disk(job: Job, source: Source, tokenizer: Any, text: Text | None) -> 
     if job.save is not None:
         return _to_target(job, source, tokenizer, text, shelf, settings, job.save)
     with tempfile.TemporaryDirectory(prefix="llmprune-") as own:
-        place = job.ranks.tell(own)
-        job.voice.say(f"pruned blocks go to {place}, and are gone when the run ends")
-        return _to_target(job, source, tokenizer, text, shelf, settings, Path(place) / "pruned")
+        to = Path(job.ranks.tell(own)) / "pruned"
+        job.voice.say(f"pruned blocks go to {to.parent}, and are gone when the run ends")
+        return _to_target(job, source, tokenizer, text, shelf, settings, to)
 
 
 def _to_target(
@@ -89,7 +89,7 @@ def _to_target(
     """Prune into the folder of unfinished work beside `target`, and put it in place at the end."""
     chosen, task = _chosen(job, shelf, settings)
     data = job.prune.calibration if isinstance(job.prune.calibration, Calibration) else None
-    data = data if task.needs_data else None
+    data = data if job.prune.needs_data else None
     if data is not None:
         check_vocabulary(data.ids, data.source, shelf.model)
     _say_what(job, shelf, chosen, data)
@@ -144,8 +144,7 @@ def _chosen(job: Job, shelf: Shelf, settings: Settings) -> tuple[list[Matrix], T
 
 
 def _say_what(job: Job, shelf: Shelf, chosen: list[Matrix], data: Calibration | None) -> None:
-    _, pattern = job.prune.built()
-    name = type(shelf.model).__name__
+    name, pattern = type(shelf.model).__name__, job.prune.built()[1]
     job.voice.say(f"{name}: {len(chosen)} matrices to prune with {job.prune.method}, {pattern}")
     if data is None:
         job.voice.say(f"{job.prune.method} looks at the weights alone: no calibration data is read")
@@ -179,6 +178,8 @@ class _Run:
             say(f"perplexity before: {self.measured['dense'].perplexity:.3f}")
         size = batch_size(job.prune, data, self.settings.device)
         batches = self._own(list(data.batches(size))) if data is not None else []
+        at = self.shelf, self.settings, self.work
+        task = allocated(job, *at, chosen, task, batches, self.seconds)
         with (
             timed(self.seconds, "prune"),
             evaluating(self.shelf.model),
@@ -190,7 +191,7 @@ class _Run:
                 chosen,
                 task,
                 self.work,
-                batches,
+                batches if task.needs_data else [],
                 self.settings.budget,
                 say,
                 bar.step,
@@ -224,7 +225,7 @@ class _Run:
             else:
                 model = shelf.model
                 losses = losses_by_block(shelf, self.settings.budget, self.work.folder)
-            found = text.measure(model, size, shown, _shared(losses, self.job.ranks))
+            found = text.measure(model, size, shown, share_windows(losses, self.job.ranks))
             self.work.journal.add(step, {"report": asdict(found)})
         self.measured[name] = PerplexityReport(**self.work.journal.steps[step]["report"])
 
@@ -261,6 +262,7 @@ class _Run:
             layers=layers,
             walk="blocks" if data is not None else None,
             repair=repaired,
+            allocation=found_by(self.work),
             calibration=data.report() if data is not None else None,
             perplexity=self.measured,
             seconds={
@@ -287,14 +289,3 @@ class _Run:
         self.work.put_in_place(target, job.overwrite, packed=job.format == "sparse")
         if job.save is not None:
             job.voice.say(f"saved to {target}, counts and pattern verified from the files")
-
-
-def _shared(losses: Losses, ranks: Ranks) -> Losses:
-    """A way to the losses where each process takes some of the windows."""
-
-    def share(model: Any, windows: Tensor, batch_size: int, progress: bool) -> Tensor:
-        batches = torch.split(windows, batch_size)[ranks.span(-(-len(windows) // batch_size))]
-        found = [losses(model, torch.cat(batches), batch_size, progress)] if batches else []
-        return torch.cat([part for some in ranks.gather(found) for part in some])
-
-    return losses if ranks.world == 1 else share

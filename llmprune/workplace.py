@@ -74,8 +74,8 @@ class Workplace:
         return self.shards.folder
 
     def close(self) -> None:
-        """End a run: nothing stays of one that has no finished block, or whose result is in its place."""
-        if self.checkpoint.is_dir() and self.blocks:
+        """End a run: nothing stays of one that has finished nothing, or whose result is in its place."""
+        if self.checkpoint.is_dir() and (self.blocks or "allocation" in self.journal.steps):
             self.journal.close()
         else:
             self.journal.discard()

@@ -27,6 +27,7 @@ FLOORS = (
     {"run"},
     {
         "order",
+        "allocate",
         "workplace",
         "packed_result",
         "deliver",

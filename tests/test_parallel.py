@@ -29,6 +29,8 @@ EXACT = {  # name -> model and options; all of them in float64 sums
     "wanda": ("llama", "--method wanda --sparsity 0.5"),
     "variant": ("llama", "--method wanda --sparsity 0.5 --set variant=true"),
     "magnitude": ("llama", "--method magnitude --sparsity 0.5"),
+    "owl": ("llama", "--method sparsegpt --sparsity 0.6 --allocation owl"),
+    "owl-mix": ("mixtral", "--method wanda --sparsity 2:4 --allocation owl"),
     "alps": ("llama", "--method alps --sparsity 0.6"),
     "alps-2of4": ("llama", "--method alps --sparsity 2:4"),
     "refit": ("llama", "--method sparsegpt --sparsity 0.6 --set refit=true"),
@@ -42,7 +44,7 @@ EXACT = {  # name -> model and options; all of them in float64 sums
         f"--method sparsegpt --sparsity 0.5 --max-memory {2 * (2**30 + 130_000)}",
     ),
 }
-ODD = ("sparsegpt", "wanda", "experts")  # those that three processes do as well
+ODD = ("sparsegpt", "wanda", "experts", "owl")  # those that three processes do as well
 
 
 @dataclass

@@ -84,3 +84,14 @@ def test_only_so_much_is_stacked(monkeypatch: pytest.MonkeyPatch) -> None:
     weights = [torch.ones(out, 8) for out in (4, 8, 1, 40, 3, 3)]
     assert len(list(method.prune_together(weights, stats, NM(2, 4)))) == 6
     assert tall == [12, 1, 40, 6]  # one that is too large alone is solved alone
+
+
+@pytest.mark.parametrize("name", sorted(methods.known()))
+def test_what_is_removed_is_a_zero_without_a_sign(name: str) -> None:
+    """A sparse checkpoint drops +0.0 alone."""
+    model = llama()
+    ids = torch.randint(0, 60, (8, 16), generator=torch.Generator().manual_seed(0))
+    llmprune.prune(model, calibration=ids, method=name, sparsity="2:4", progress=False)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    assert int((weight == 0).sum()) == weight.numel() // 2
+    assert not bool(torch.signbit(weight[weight == 0]).any())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -21,13 +21,14 @@ from llmprune.kernels.packed import nonzero_bits
 
 NM = tuple[int, int]
 _NM = re.compile(r"([1-9][0-9]{0,3}):([1-9][0-9]{0,3})")
+_TOGETHER = 10**4  # rows that are looked at together at most, so that groups of each m are whole
 _DIMENSIONS = 8  # what docs/format.md allows
 
 
 def plan(
     stored: Mapping[str, Stored],
     model_type: str | None,
-    recipe: NM | None,
+    recipe: Sequence[NM],
     tell: Callable[[str], None] = lambda key: None,
 ) -> dict[str, Spec]:
     """The matrices of decoder blocks that take less when packed, by key.
@@ -35,7 +36,8 @@ def plan(
     Args:
         stored: every tensor of a checkpoint.
         model_type: from config.json: some families store their matrices [in, out].
-        recipe: the n:m that is named where a matrix keeps it, although another may be tighter.
+        recipe: every n:m of the run, of which a matrix has the first that it keeps, although another may
+            be tighter.
         tell: told of every candidate before it is read.
 
     Raises:
@@ -63,26 +65,32 @@ def candidates(stored: Mapping[str, Stored]) -> list[str]:
     ]
 
 
-def recipe_of(report: Mapping[str, object]) -> NM | None:
-    """The n:m that llmprune.json says a model was pruned to; None for a share, or no such file."""
-    recipe = report.get("recipe")
-    text = recipe.get("sparsity") if isinstance(recipe, Mapping) else None
-    found = _NM.fullmatch(text) if isinstance(text, str) else None
-    return (int(found[1]), int(found[2])) if found and int(found[1]) < int(found[2]) else None
+def recipe_of(report: Mapping[str, object]) -> list[NM]:
+    """Every n:m that llmprune.json says matrices were pruned to, the strictest first; none for a share."""
+    recipe, layers = report.get("recipe"), report.get("layers")
+    texts: list[object] = [recipe.get("sparsity")] if isinstance(recipe, Mapping) else []
+    for layer in layers if isinstance(layers, list) else []:
+        texts.append(layer.get("pattern") if isinstance(layer, Mapping) else None)
+    known = {text for text in texts if isinstance(text, str)}
+    matches = [match for text in known if (match := _NM.fullmatch(text))]
+    found = {(int(m[1]), int(m[2])) for m in matches if int(m[1]) < int(m[2])}
+    if math.lcm(*(m for _, m in found)) > _TOGETHER:
+        return []
+    return sorted(found, key=lambda nm: (nm[0] / nm[1], nm[1]))
 
 
-def measure(stored: Stored, ways: tuple[Axis, ...], recipe: NM | None) -> Spec:
+def measure(stored: Stored, ways: tuple[Axis, ...], recipe: Sequence[NM]) -> Spec:
     """Count the kept weights of a matrix and find its pattern; all but +0.0 is kept.
 
     Args:
         stored: [..., rows, columns].
         ways: orientations to try, the preferred one first.
-        recipe: preferred to what is found, where it holds.
+        recipe: preferred to what is found: the first that holds.
     """
-    named = [_Named(recipe, stored.shape, axis) for axis in ways] if recipe else []
+    named = [_Named(nm, stored.shape, axis) for nm in recipe for axis in ways]
     found = [Groups(stored.shape, axis) for axis in ways]
     kept = 0
-    for part in parts(stored, recipe[1] if recipe else 1):
+    for part in parts(stored, math.lcm(*(m for _, m in recipe))):
         bits = nonzero_bits(part)
         kept += int(bits.sum())
         for each in named:

@@ -13,7 +13,7 @@ from llmprune.checkpoint import tensors
 from llmprune.checkpoint.files import find
 from llmprune.checkpoint.tensors import Stored
 from llmprune.errors import CheckpointError
-from llmprune.pattern import NM, Pattern, Unstructured
+from llmprune.pattern import NM, Pattern, Unstructured, from_text
 from llmprune.report import LayerReport
 
 
@@ -52,7 +52,8 @@ def expectations(
 
     Args:
         layers: the entries of the report.
-        pattern: the pattern of the run, with its comparison group decided.
+        pattern: the pattern of the run, with its comparison group decided; a matrix is held to its own
+            where the report names it.
         transposed: names of the matrices that are stored [in, out].
         exact: `Method.exact` of the method that ran.
     """
@@ -61,7 +62,7 @@ def expectations(
             name=layer.name,
             shape=layer.shape,
             kept=layer.kept,
-            pattern=None if layer.skipped else pattern,
+            pattern=None if layer.skipped else from_text(layer.pattern, pattern),
             transposed=layer.name in transposed,
             exact=exact,
         )

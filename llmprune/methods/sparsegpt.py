@@ -116,7 +116,9 @@ class SparseGPT(Method[Gram]):
             wt[factor.dead] = 0
             kt = torch.ones_like(wt, dtype=torch.bool)
             spares = self._sweep(wt, kt, own, parts, factor.upper, pattern)
-            wt.mul_(kt)
+            wt.masked_fill_(
+                kt.logical_not(), 0
+            )  # a product would leave -0.0, which no packer drops
             for weight, rows, spare in zip(some, own, spares, strict=True):
                 w, keep = wt[:, rows].T.contiguous(), kt[:, rows].T.contiguous()
                 for row, column in spare.tolist():

@@ -1,0 +1,142 @@
+"""How much of each matrix goes in a run to disk: decided once, noted in the journal, told to all."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from llmprune.activations import Activations
+from llmprune.allocation.base import Measured
+from llmprune.allocation.decide import Decision, by_measure, steps
+from llmprune.allocation.measuring import Blocks
+from llmprune.by_block import rooms
+from llmprune.checkpoint.shelf import Shelf
+from llmprune.lockstep import check_walk
+from llmprune.memory import Budget
+from llmprune.model import Matrix
+from llmprune.order import Job
+from llmprune.parallel import Ranks
+from llmprune.preserve import evaluating, random_state
+from llmprune.progress import Bar, timed
+from llmprune.prune_matrix import Task
+from llmprune.walk import Walker
+from llmprune.workplace import Settings, Workplace
+
+STEP = "allocation"
+"""Its name in the journal."""
+
+
+def allocated(
+    job: Job,
+    shelf: Shelf,
+    settings: Settings,
+    work: Workplace,
+    chosen: Sequence[Matrix],
+    task: Task,
+    batches: Sequence[Tensor],
+    seconds: dict[str, float],
+) -> Task:
+    """`task` with the levels that an earlier run has decided, or that are decided now.
+
+    `batches` are those of this process.
+
+    Raises:
+        NotByBlock: when blocks of this family cannot be run alone.
+        ConfigError: where no levels are found.
+    """
+    allocation, journal = job.prune.allocated(), work.journal
+    if not isinstance(allocation, Measured):
+        return task
+    if STEP in journal.steps:
+        job.voice.say(f"levels are those that {allocation.name} has found earlier")
+    else:
+        job.voice.say(f"{allocation.name} decides how much of each matrix goes")
+        with timed(seconds, STEP), evaluating(shelf.model), random_state(shelf.model):
+            decision = _from_files(
+                allocation,
+                chosen,
+                shelf,
+                batches,
+                task,
+                settings.budget,
+                work.folder,
+                job.ranks,
+                not job.voice.quiet,
+            )
+        journal.add(STEP, decision.plain())
+    return replace(task, levels=Decision.of(journal.steps[STEP], task.pattern).levels)
+
+
+def found_by(work: Workplace) -> dict[str, Any]:
+    """What the allocation was decided by, for the report."""
+    return dict(work.journal.steps.get(STEP, {}).get("found", {}))
+
+
+def _from_files(
+    allocation: Measured,
+    chosen: Sequence[Matrix],
+    shelf: Shelf,
+    batches: Sequence[Tensor],
+    task: Task,
+    budget: Budget,
+    folder: Path,
+    ranks: Ranks,
+    progress: bool,
+) -> Decision:
+    """Decide for a model on the shelf, one block in memory at a time.
+
+    Args:
+        allocation: that measures.
+        chosen: the matrices to be pruned.
+        shelf: the model.
+        batches: calibration windows of this process, each [batch, seqlen] int64.
+        task: of the run.
+        budget: memory that may be used; hidden states that do not fit lie in `folder`.
+        folder: for temporary files.
+        ranks: the processes that share the windows; what the first finds counts.
+        progress: show a bar.
+
+    Raises:
+        NotByBlock: when blocks of this family cannot be run alone.
+    """
+    walker = None
+    if allocation.learns is not None:
+        walker = Walker(shelf.model, shelf.layers, batches, shelf.device)
+    count = steps(allocation, chosen, walker) + (len(shelf.layers) if walker else 0)
+    name = f"process-{ranks.rank}-measured"
+    with (
+        tempfile.TemporaryDirectory(dir=folder, prefix="allocation-") as place,
+        Bar(count, "allocating", enabled=progress) as bar,
+    ):
+        hidden = Activations(Path(place), len(batches), rooms(shelf, budget), shelf.device, name)
+        if walker is not None:
+            check_walk(shelf, walker, bar.step)
+        blocks = Blocks(walker, hidden, _from_shelf(shelf, hidden if walker else None), task, ranks)
+        try:
+            found = by_measure(allocation, chosen, blocks, bar.step)
+        finally:
+            shelf.release_rest()
+    return Decision.of(ranks.tell(found.plain()), task.pattern)
+
+
+def _from_shelf(shelf: Shelf, hidden: Activations | None) -> Callable[[int], Any]:
+    """Opens one block after the other; `hidden` is where each finds its inputs and leaves its outputs."""
+
+    @contextmanager
+    def at(index: int) -> Iterator[None]:
+        shelf.load(index)
+        if hidden is not None:
+            hidden.begin(index)
+        yield
+        if hidden is not None:
+            hidden.commit()
+            hidden.forget_old()
+        shelf.release(index)
+
+    return at

@@ -1,0 +1,71 @@
+"""From an allocation to a level for each matrix, for a model in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from llmprune.allocation.base import Allocation, Measured
+from llmprune.allocation.measuring import Blocks, decided, in_memory
+from llmprune.model import Matrix
+from llmprune.pattern import Level, Pattern, as_text, from_text
+from llmprune.progress import Bar
+from llmprune.prune_matrix import Task
+from llmprune.walk import Walker
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What an allocation has decided.
+
+    Attributes:
+        levels: of every matrix that gets one of its own, by name.
+        found: what it was decided by, for the report: plain JSON types.
+    """
+
+    levels: Mapping[str, Level] = field(default_factory=dict)
+    found: dict[str, Any] = field(default_factory=dict)
+
+    def plain(self) -> dict[str, Any]:
+        """As plain JSON types."""
+        return {"levels": {n: as_text(v) for n, v in self.levels.items()}, "found": self.found}
+
+    @classmethod
+    def of(cls, plain: Mapping[str, Any], base: Pattern) -> Decision:
+        """What `plain` gave, for a run of the pattern `base`."""
+        levels = {name: from_text(text, base) for name, text in plain["levels"].items()}
+        return cls(levels, plain["found"])
+
+
+def decide(
+    allocation: Allocation,
+    chosen: Sequence[Matrix],
+    walker: Walker | None,
+    task: Task,
+    progress: bool,
+) -> Decision:
+    """Decide for a model in memory, whose weights are as before afterwards."""
+    if not isinstance(allocation, Measured):
+        return Decision()
+    with Bar(steps(allocation, chosen, walker), "allocating", enabled=progress) as bar:
+        return by_measure(allocation, chosen, in_memory(walker, task), bar.step)
+
+
+def by_measure(
+    allocation: Measured,
+    chosen: Sequence[Matrix],
+    blocks: Blocks,
+    progress: Callable[[int, int, str], None],
+) -> Decision:
+    levels, measured = decided(allocation, chosen, blocks, progress)
+    about = {"name": allocation.name, "paper": allocation.paper, "measured": measured}
+    return Decision(levels, about)
+
+
+def steps(allocation: Measured, chosen: Sequence[Matrix], walker: Walker | None) -> int:
+    """How often `progress` is told something."""
+    inside = {m.block for m in chosen if m.block is not None}
+    forwards = len(walker.batches) if walker is not None and allocation.learns else 0
+    parts = len(chosen) if allocation.grain == "matrix" else len(inside)
+    return parts + (max(inside, default=-1) + 1) * forwards
