@@ -7,7 +7,8 @@ Every matrix of a few blocks is pruned from what enters it in the dense model, w
 windows and a damping of lambda on a diagonal of ones. Per method, pattern, n, number of inputs and lambda:
 the share of the output's energy that is lost on held-out text, mean over matrices. Methods that do not refit
 stand beside them, to show with how few tokens each is still worth it. At the end: what a damping of c inputs
-per token costs against the best lambda of each row, for several c. Rows that `--out` holds already stay.
+per token costs against the best lambda of each row, for several c. Rows that `--out` holds already stay,
+each with its commit.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from compare import _commit
 from torch import Tensor
 
 from llmprune import methods, pattern
@@ -57,7 +59,7 @@ def main() -> None:
     ids = tokenizer(args.held_out.read_text(), add_special_tokens=False).input_ids
     held = torch.tensor(ids[: args.held_windows * width]).view(-1, width)
     chosen = [m for m in matrices(model) if m.block in args.blocks]
-    rows = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
+    rows, at = earlier(args.out), _commit()
     with torch.no_grad():
         away = grams(model, chosen, held)
         for count in COUNTS:
@@ -67,11 +69,20 @@ def main() -> None:
                     (r["case"], r["pattern"], r["windows"]) == (case, share, count) for r in rows
                 ):
                     continue
-                rows += measured(chosen, near, away, case, share, count)
+                found = measured(chosen, near, away, case, share, count)
+                rows += [{**row, "commit": at} for row in found]
                 args.out.write_text(_text(args, rows))
                 print(case, share, count, flush=True)
     for line in summary(rows):
         print(json.dumps(line))
+
+
+def earlier(path: Path) -> list[dict[str, Any]]:
+    """The rows that are there, each with the commit it was measured at."""
+    if not path.exists():
+        return []
+    found = json.loads(path.read_text())
+    return [{**row, "commit": row.get("commit", found["commit"])} for row in found["rows"]]
 
 
 def _first(windows: Tensor, count: float) -> Tensor:
@@ -159,8 +170,6 @@ def between(errors: dict[float, float], damping: float) -> float:
 
 def _text(args: argparse.Namespace, rows: list[dict[str, Any]]) -> str:
     """The file: what the figures depend on, the summary, then a line for each row."""
-    from compare import _commit
-
     from llmprune.provenance import versions
 
     about = {
@@ -168,7 +177,7 @@ def _text(args: argparse.Namespace, rows: list[dict[str, Any]]) -> str:
         "held-out windows": args.held_windows,
         "blocks": args.blocks,
         "versions": versions(torch.device("cpu")),
-        "commit": _commit(),
+        "commit": ", ".join(sorted({row["commit"] for row in rows})),
         "command": "benchmarks/damping.py",
         "summary": summary(rows) if any(r["lambda"] is not None for r in rows) else [],
     }

@@ -30,9 +30,10 @@ from llmprune.stats import Gram, InputNorms, NoStats, Stats
 
 DAMPING = 0.3
 """On a diagonal of ones, at one token per feature; it falls with their number, as the best one does. After 8
-to 128 windows of 256 tokens, ALPS and Wanda with a refit lost on other text 1.014 times what they lose with
-the best damping of each case, at worst 1.08; with 0.1, 1.022 and 1.19; with 1, 1.020 and 1.16. Inputs of 256
-features are best served by less, of 704 by more (wikillama-5m, benchmarks/results/damping.json)."""
+to 128 windows of 256 tokens (ALPS at 70%: to 64), ALPS and Wanda with a refit lost on other text 1.014 times
+what they lose with the best damping of each case, at worst 1.08; with 0.1, 1.022 and 1.19; with 1, 1.020 and
+1.16. Inputs of 256 features are best served by less, of 704 by more. All on two blocks of one model
+(wikillama-5m, benchmarks/results/damping.json)."""
 FEWEST = 128
 """Tokens that an expert must have seen, as for Wanda; damping makes up for a Gram matrix of low rank. It is a
 choice: benchmarks/damping.py can measure it with less than one window, which has not been done."""
