@@ -96,7 +96,7 @@ def unavailable(device: torch.device) -> str | None:
         return why
     if not torch.backends.cusparselt.is_available():
         return "this torch was built without cuSPARSELt"
-    return gpu.trial(lambda: _wrong(device))
+    return gpu.trial(device, _wrong)
 
 
 def _wrong(device: torch.device) -> str | None:

@@ -96,7 +96,8 @@ def from_gemv(layout: GemvLayout) -> Tensor:
 def dense_of(packed: Packed | S24Layout | GemvLayout) -> Tensor:
     """The dense matrix [rows, columns], bit for bit, the quickest way that works where it is."""
     if isinstance(packed, Packed):
-        if unavailable(gpu.whole(packed.values.device)) is None:
+        values = packed.values
+        if unavailable(gpu.whole(values.device)) is None and values.element_size() in _WORD:
             return from_bitmap(packed)
         return unpack_rows(packed, 0, packed.shape[0], 0)
     by_triton = unavailable(gpu.whole(packed.words.device)) is None
@@ -116,7 +117,7 @@ def unavailable(device: torch.device) -> str | None:
     """Why Triton must not expand on `device`, in a few words, or None. Tries it once there."""
     if (why := gpu.missing(device)) is not None:
         return why
-    return gpu.trial(lambda: _wrong(device))
+    return gpu.trial(device, _wrong)
 
 
 def _wrong(device: torch.device) -> str | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, wraps
 from typing import ParamSpec
 
@@ -89,12 +90,26 @@ def once(why: Callable[P, str | None]) -> Callable[P, str | None]:
     return answer
 
 
-def trial(wrong: Callable[[], str | None]) -> str | None:
-    """What `wrong` finds wrong, in a few words; only where triton can be imported."""
+@contextmanager
+def plainly(device: torch.device) -> Iterator[None]:
+    """On `device` with no gradients and no casts, new tensors on a CPU, whatever modes the caller is in."""
+    with (
+        torch.cuda.device(device.index if device.type == "cuda" else -1),
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast(device.type, enabled=False),
+        torch.device("cpu"),
+    ):
+        yield
+
+
+def trial(device: torch.device, wrong: Callable[[torch.device], str | None]) -> str | None:
+    """What `wrong` finds wrong on `device`, in a few words; only where triton can be imported."""
     from triton import TritonError
 
     try:
-        found = wrong()
+        with plainly(device):
+            found = wrong(device)
     except (RuntimeError, TritonError) as error:
         return f"does not run on this GPU: {said(error)}"
     return f"gives wrong results on this GPU: {found}" if found else None

@@ -13,7 +13,6 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
     from llmprune.kernels.words import Words
 
 SETTING = "LLMPRUNE_MEASURE"  # environment variable: 0 measures nothing but when `tune` is called
-QUICK = (1, 8, 16, 64)  # tokens that are measured of a matrix when it is first laid out
+QUICK = (1, 8, 16, 64, 128)  # tokens that are measured of a matrix when it is first laid out
 WARPS = (8, 4, 16)
 _CACHES = 4  # times the L2 cache that the copies of a weight fill
 _BLOCK = 2**22  # random weights, repeated to the size of the matrix
@@ -130,7 +129,7 @@ class Bench:
             Unusable: when the layout does not expand to the matrix.
         """
         self.kernel, self.device, self.sides, self.dtype = kernel, device, sides, dtype
-        with _plainly(device):
+        with gpu.plainly(device):
             dense, words = _random(kernel, device, sides, dtype)
             given = _tried(lambda: kernel.dense(words, sides, dtype, False))
             if not torch.equal(given, dense):
@@ -149,7 +148,7 @@ class Bench:
         Raises:
             Unusable: when a result is not that of the dense product, or the first of `launches` fails.
         """
-        with _plainly(self.device):
+        with gpu.plainly(self.device):
             random = torch.Generator(self.device).manual_seed(tokens)
             x = torch.randn(tokens, self.sides[1], generator=random, device=self.device)
             ways = list(self._ways(x.to(self.dtype), launches))
@@ -174,9 +173,9 @@ class Bench:
         whole = [partial(kernel.dense, words, sides, self.dtype, False) for words in self.words]
         expand = Way("expand", tokens, [partial(times, x, w, None, sides, False) for w in whole])
         yield _checked(expand, expected)
-        for i, (warps, split) in enumerate(launches if tokens <= kernel.tokens else ()):
+        for i, (warps, split) in enumerate(launches if tokens <= kernel.most else ()):
             more = None, sides, warps, split
-            runs = [partial(kernel.product, x, words, *more) for words in self.words]
+            runs = [partial(kernel.pieces, x, words, *more) for words in self.words]
             try:
                 way = _checked(Way("kernel", tokens, runs, warps, split), expected)
             except Refused:
@@ -278,11 +277,3 @@ def _recorded(way: Way, calls: int) -> Callable[[], float]:
 
 def _event() -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-
-
-@contextmanager
-def _plainly(device: torch.device) -> Iterator[None]:
-    """On a device, with no gradients, and in the dtypes that are written here."""
-    on = torch.cuda.device(device.index if device.type == "cuda" else -1)
-    with on, torch.no_grad(), torch.autocast(device.type, enabled=False):
-        yield

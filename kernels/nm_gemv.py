@@ -106,7 +106,7 @@ def unavailable(device: torch.device, n: int, m: int) -> str | None:
     """
     if (why := gpu.missing(device)) is not None:
         return why
-    return gpu.trial(lambda: _wrong(device, n, m))
+    return gpu.trial(device, lambda device: _wrong(device, n, m))
 
 
 def _wrong(device: torch.device, n: int, m: int) -> str | None:

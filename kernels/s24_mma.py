@@ -120,7 +120,7 @@ def unavailable(device: torch.device) -> str | None:
         from . import s24_gluon  # noqa: F401
     except ImportError as error:
         return f"needs a triton with Gluon ({error})"
-    return gpu.trial(lambda: _wrong(device))
+    return gpu.trial(device, _wrong)
 
 
 def _wrong(device: torch.device) -> str | None:

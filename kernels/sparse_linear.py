@@ -19,6 +19,7 @@ from torch import Tensor
 
 from llmprune.kernels.choice import EXPAND, find
 from llmprune.kernels.expand import values_gradient
+from llmprune.kernels.expanding import dense_of
 from llmprune.kernels.packed import Packed, select, unpack
 
 
@@ -190,7 +191,12 @@ def _(
 
 @torch.library.custom_op("llmprune::sparse_expand", mutates_args=())
 def _expand(values: Tensor, bitmap: Tensor, shape: Sequence[int]) -> Tensor:
-    return unpack(Packed(values, bitmap, tuple(shape)))
+    packed = Packed(values, bitmap, tuple(shape))
+    if values.device.type == "cpu" or len(shape) != 2:
+        return unpack(packed)
+    return dense_of(
+        packed
+    )  # without the host waiting, to check what was checked when it was loaded
 
 
 @_expand.register_fake

@@ -50,7 +50,7 @@ class Timing:
     """Microseconds of a product with so many tokens."""
 
     tokens: int
-    kernel_us: float | None  # at best; None where it does not take so many
+    kernel_us: float | None  # at best, a piece at a time; None where there are too many
     warps: int | None  # what was best for it; None is its default
     split: int | None
     expand_us: float

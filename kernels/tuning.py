@@ -16,7 +16,7 @@ from llmprune.kernels.measure import Bench, Timer
 from llmprune.kernels.table import Matrix, Table, Timing, current, keep
 from llmprune.kernels.words import Words
 
-TOKENS = (1, 2, 4, 8, 16, 32, 64)
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _Job = tuple[Words, torch.device, tuple[int, int], torch.dtype]
 
 

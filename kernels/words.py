@@ -23,6 +23,9 @@ from llmprune.kernels.product import times
 from llmprune.kernels.slots import row_blocks
 
 HALVES = (torch.bfloat16, torch.float16)
+PIECES = (
+    4  # that a product is cut into at most, each of as many tokens as a kernel takes; not measured
+)
 
 
 class Words(ABC):
@@ -33,7 +36,7 @@ class Words(ABC):
     n: int
     m: int
     tokens: int
-    """Up to how many the kernel takes."""
+    """Up to how many the kernel takes at once."""
     revision: int
     """Of the kernel's code, for the table."""
 
@@ -113,6 +116,25 @@ class Words(ABC):
             return None
         return f"measured slower than dense at {_tokens(slow.tokens)} ({slow.gain:.2f}x)"
 
+    @property
+    def most(self) -> int:
+        """Up to how many tokens the kernel may be quicker than expanding, a piece of them at a time."""
+        return PIECES * self.tokens
+
+    def pieces(
+        self,
+        x: Tensor,
+        words: Tensor,
+        bias: Tensor | None,
+        shape: tuple[int, int],
+        warps: int | None = None,
+        split: int | None = None,
+    ) -> Tensor:
+        """The product of any tokens, as many at a time as the kernel takes."""
+        cut = (x[i : i + self.tokens] for i in range(0, len(x), self.tokens))
+        parts = [self.product(piece, words, bias, shape, warps, split) for piece in cut]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
     def matrix(
         self, device: torch.device, sides: tuple[int, int], dtype: torch.dtype
     ) -> table.Matrix:
@@ -124,20 +146,29 @@ class Words(ABC):
         found = table.current().at(matrix, tokens)
         return found if found is not None and found.kernel_us is not None else None
 
+    def launch(self, matrix: table.Matrix, tokens: int) -> tuple[int | None, int | None] | None:
+        """Warps and split by which the kernel takes so many tokens; None where they are expanded."""
+        if not 0 < tokens <= self.most:
+            return None
+        timing = self.timing(matrix, tokens)
+        if timing is None:
+            return (None, None) if tokens <= self.tokens else None
+        return (timing.warps, timing.split) if timing.by_kernel else None
+
     def route(self, case: Case) -> str:
         """See `Kernel.route`."""
-        expand = f"expanded into scratch memory {how(case.device)}, then by cuBLAS"
-        if not 0 < case.tokens <= self.tokens:
-            return expand
         matrix = self.matrix(gpu.whole(case.device), case.sides, case.dtype)
         timing = self.timing(matrix, case.tokens)
+        by = f"expanded into scratch memory {how(case.device)}, then by cuBLAS"
+        if self.launch(matrix, case.tokens) is not None:
+            many = case.tokens > self.tokens
+            by = f"by the kernel, {self.tokens} at a time" if many else "by the kernel"
+        if not 0 < case.tokens <= self.most:
+            return by
         if timing is None:
-            return f"by the kernel; not measured{measure.left_out(matrix)}"
-        measured = (
-            f"{timing.best:.1f} us, dense {timing.dense_us:.1f} us at {_tokens(timing.tokens)}"
-        )
-        by = "by the kernel" if timing.by_kernel else expand
-        return f"{by}; measured: {measured}"
+            return f"{by}; not measured{measure.left_out(matrix)}"
+        dense = f"dense {timing.dense_us:.1f} us at {_tokens(timing.tokens)}"
+        return f"{by}; measured: {timing.best:.1f} us, {dense}"
 
     def prepare(self, packed: Packed) -> list[Tensor]:
         """See `Kernel.prepare`.
@@ -179,14 +210,10 @@ class Words(ABC):
     ) -> Tensor:
         """See `Kernel.matmul`."""
         rows, columns = shape
-        if not transposed and 0 < len(x) <= self.tokens and self.launches(x.device):
+        if not transposed and 0 < len(x) <= self.most and self.launches(x.device):
             matrix = self.matrix(x.device, (rows, columns), x.dtype)
-            timing = self.timing(matrix, len(x))
-            if timing is None:
-                return self.product(x, layout[1], bias, (rows, columns))
-            if timing.by_kernel:
-                launch = timing.warps, timing.split
-                return self.product(x, layout[1], bias, (rows, columns), *launch)
+            if (launch := self.launch(matrix, len(x))) is not None:
+                return self.pieces(x, layout[1], bias, (rows, columns), *launch)
         return times(x, lambda: self.expanded(layout, shape), bias, shape, transposed)
 
     def _all_full(self, packed: Packed) -> bool:

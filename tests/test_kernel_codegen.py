@@ -73,6 +73,11 @@ def with_ones(job: Job, *names: str) -> Job:
     return replace(job, types=types, constants=job.constants | dict.fromkeys(names, 1))
 
 
+def warped(job: Job, warps: int) -> Job:
+    """With another number of warps, as measuring tries it."""
+    return replace(job, warps=warps, constants=job.constants | {"WARPS": warps})
+
+
 def no_detours(one: Found, apart: Set[str] = frozenset()) -> None:
     """Outside the loop ptxas may put a word or two aside, as it does for sm_100."""
     assert one.stack <= 16, "registers are spilled"
@@ -138,6 +143,7 @@ def test_every_variant_compiles(tmp_path: Path, root: Path) -> None:
         gemv(90, 2, 3, 4, even=False),
         *(add(gated) for gated in (False, True)),
         with_ones(add(False), "out", "step"),
+        *(warped(job, warps) for job in (s24(90, 16), gemv(90, 8, 2, 4)) for warps in (4, 16)),
     ]
     assert all(one.stack <= 16 for one in found(jobs, tmp_path, root))
 

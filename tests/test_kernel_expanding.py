@@ -153,17 +153,32 @@ def test_answers_are_kept_but_not_while_the_device_is_occupied(
 
 def test_a_trial_says_what_went_wrong() -> None:
     pytest.importorskip("triton")
+    cpu = torch.device("cpu")
 
-    def cuda() -> str:
+    def cuda(device: torch.device) -> str:
         raise RuntimeError("CUDA error: an illegal memory access\nCompile with DSA")
 
-    def nothing() -> str:
+    def nothing(device: torch.device) -> str:
         raise RuntimeError
 
-    assert gpu.trial(lambda: None) is None
-    assert gpu.trial(lambda: "row 3") == "gives wrong results on this GPU: row 3"
-    assert gpu.trial(cuda) == "does not run on this GPU: CUDA error: an illegal memory access"
-    assert gpu.trial(nothing) == "does not run on this GPU: RuntimeError"
+    assert gpu.trial(cpu, lambda device: None) is None
+    assert gpu.trial(cpu, lambda device: "row 3") == "gives wrong results on this GPU: row 3"
+    assert gpu.trial(cpu, cuda) == "does not run on this GPU: CUDA error: an illegal memory access"
+    assert gpu.trial(cpu, nothing) == "does not run on this GPU: RuntimeError"
+
+
+def test_a_trial_goes_as_it_does_alone_in_any_mode(device: torch.device) -> None:
+    """As when a layer is first laid out under autocast, on another default device, or for inference."""
+    pytest.importorskip("triton")
+
+    def modes(device: torch.device) -> str | None:
+        x = torch.ones(2, 2)
+        assert (x @ x).dtype == torch.float32
+        assert not x.is_inference()
+        return expanding._wrong(device)
+
+    with torch.autocast(device.type, torch.bfloat16), torch.device("meta"), torch.inference_mode():
+        assert gpu.trial(device, modes) is None
 
 
 @pytest.mark.gpu

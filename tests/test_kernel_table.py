@@ -256,7 +256,7 @@ def test_explain_says_what_was_measured() -> None:
     many = S24_MMA.route(replace(CASE, tokens=64))
     assert many.startswith("expanded into scratch memory by plain torch (no GPU in truth), then")
     assert many.endswith("measured: 30.0 us, dense 10.0 us at 64 tokens")
-    assert "measured" not in S24_MMA.route(replace(CASE, tokens=65))
+    assert "measured" not in S24_MMA.route(replace(CASE, tokens=257))
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="made-up times of a CPU")
@@ -271,13 +271,15 @@ def test_a_product_goes_the_way_that_was_quickest(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(held.Gemv, "product", product)
     matrix = kernel.matrix(CPU, (40, 128), torch.bfloat16)
-    table.keep(matrix, [replace(timing(2, 5), warps=2, split=2), timing(4, 31), timing(16, None)])
-    for tokens in (1, 2, 3, 5, 9):
+    measured = [replace(timing(2, 5), warps=2, split=2), timing(4, 31), timing(16, None)]
+    table.keep(matrix, [*measured, replace(timing(20, 9), warps=1, split=1)])
+    for tokens in (1, 2, 3, 5, 9, 18, 21):
         x = torch.randn(tokens, 128).bfloat16()
         y = kernel.matmul(x, layout, None, (40, 128), False)
         assert_within(y, *truth(x, weight))
-    # 1 and 2 as measured for 2; 3 as for 4, expanded; 5 by default, as 16 says nothing of the kernel
-    assert asked == [(1, 2, 2), (2, 2, 2), (5,)]
+    # 1 and 2 as measured for 2; 3 as for 4, expanded; 5 by default, as 16 says nothing of the kernel; 9 is
+    # more than it takes unmeasured; 18 a piece at a time, as 20; 21 was not measured
+    assert asked == [(1, 2, 2), (2, 2, 2), (5, None, None), (8, 1, 1), (8, 1, 1), (2, 1, 1)]
 
 
 # Measuring
@@ -307,7 +309,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Case:
     if not INTERPRETED:
         pytest.skip("made-up times of a CPU")
     monkeypatch.setattr(held.Gemv, "unfit", lambda self, case: self._misfit(case))
-    monkeypatch.setattr(measure, "QUICK", (1, 9))
+    monkeypatch.setattr(measure, "QUICK", (1, 33))
     return replace(CASE, device=CPU, shape=(40, 512))
 
 
@@ -316,20 +318,20 @@ def test_the_first_layout_of_a_matrix_measures_it(
 ) -> None:
     timer = MadeUp(usual)
     monkeypatch.setattr(measure, "quick_timer", timer)
-    assert choice.choose(on_cpu).name == "dense"  # expanded at 9 tokens
+    assert choice.choose(on_cpu).name == "dense"  # expanded at 33 tokens
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("llmprune: measured nm_gemv 2:4 40 x 512 bfloat16 in ")
-    assert "1.00x at 1, 0.33x at 9 tokens, of dense" in line
+    assert "1.00x at 1, 0.33x at 33 tokens, of dense" in line
     asked = [(way.name, way.tokens, way.warps) for way in timer.asked]
     assert asked == [
         ("dense", 1, None),
         ("expand", 1, None),
         ("kernel", 1, None),
-        ("dense", 9, None),
-        ("expand", 9, None),
+        ("dense", 33, None),
+        ("expand", 33, None),
     ]
     matrix = gemv(2, 4).matrix(CPU, (40, 512), torch.bfloat16)
-    assert anew().timings[matrix] == {1: timing(1, 10.0), 9: timing(9, None)}
+    assert anew().timings[matrix] == {1: timing(1, 10.0), 33: timing(33, None)}
     choice.choose(on_cpu)
     assert len(timer.asked) == 5
     assert capfd.readouterr().err == ""
@@ -411,16 +413,16 @@ def test_tune_tries_settings_and_keeps_the_best(
     timer, on_cpu = MadeUp(usual), replace(on_cpu, shape=(32, 256))
     plain, odd = replace(on_cpu), replace(on_cpu, pattern="unstructured", kept=3)
     monkeypatch.setattr(held.S24, "unfit", lambda self, case: "is old")
-    found = tuning.measured([plain, plain, odd], [1, 9], 60, timer, lambda: 0.0)
+    found = tuning.measured([plain, plain, odd], [1, 33], 60, timer, lambda: 0.0)
     matrix = gemv(2, 4).matrix(CPU, (32, 256), torch.bfloat16)
     launches = [(w.warps, w.split) for w in timer.asked if w.name == "kernel"]
     assert launches == [
         (None, None), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2)
     ]  # fmt: skip
     assert found.timings[matrix][1] == Timing(1, 5.0, 4, 2, 30.0, 10.0)
-    assert found.timings[matrix][9].kernel_us is None
+    assert found.timings[matrix][33].kernel_us is None
     assert anew().timings == found.timings
-    assert "dense instead: slower at 9 tokens" in str(found)
+    assert "dense instead: slower at 33 tokens" in str(found)
     assert "not measured: 32 x 256 unstructured: s24_mma is old" in str(found)
 
 
