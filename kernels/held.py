@@ -63,8 +63,8 @@ class S24(Words):
         return s24_mma.s24_mma(x, layout, bias, warps=warps, split=split)
 
     def splits(self, sides: tuple[int, int], warps: int) -> list[int]:
-        """See `Words.splits`: each part has a chunk of columns for each warp."""
-        return _splits(-(-sides[0] // 32), -(-sides[1] // COLUMNS) // warps)
+        """See `Words.splits`: a chunk of columns for each warp, or for each four that share them."""
+        return _splits(-(-sides[0] // 32), -(-sides[1] // COLUMNS) // max(1, warps // 4))
 
 
 class Gemv(Words):

@@ -84,7 +84,8 @@ def s24_kernel(  # type: ignore[no-untyped-def]
     tokens,
     out,  # rows of the product; the matrix has twice as many with GATED: gate, then up
     WARPS: gl.constexpr,
-    TILES: gl.constexpr,  # of 16 rows for each program: 2 with GATED
+    ACROSS: gl.constexpr,  # warps that take rows of their own, and the same columns; 1 with GATED
+    TILES: gl.constexpr,  # of 16 rows for each warp: 2 with GATED
     EIGHTS: gl.constexpr,  # of tokens
     HALF: gl.constexpr,  # bf16 or f16
     ALL: gl.constexpr,  # every warp has a chunk each time
@@ -92,12 +93,16 @@ def s24_kernel(  # type: ignore[no-untyped-def]
     GATED: gl.constexpr,
     PARTS: gl.constexpr,
 ):
-    """One program multiplies TILES * 16 rows by a share of the columns; its warps take chunks in turn."""
+    """One program multiplies ACROSS * TILES * 16 rows by a share of the columns.
+
+    Its warps take chunks in turn. Those with other rows take the same, and find the inputs in the L1 cache.
+    """
+    ALONG: gl.constexpr = WARPS // ACROSS
     L: gl.constexpr = gl.BlockedLayout(
-        [1, TILES, EIGHTS, 1, 4], [1, 1, 1, 32, 1], [WARPS, 1, 1, 1, 1], [4, 3, 2, 1, 0]
+        [1, TILES, EIGHTS, 1, 4], [1, 1, 1, 32, 1], [ALONG, ACROSS, 1, 1, 1], [4, 3, 2, 1, 0]
     )
-    warp = _index(WARPS, 0, L)
-    tile = gl.program_id(0) * TILES + _index(TILES, 1, L)
+    warp = _index(ALONG, 0, L)
+    tile = gl.program_id(0) * (ACROSS * TILES) + _index(ACROSS * TILES, 1, L)
     eight = _index(EIGHTS, 2, L)
     lane = _index(32, 3, L)
     word = _index(4, 4, L)
@@ -107,8 +112,8 @@ def s24_kernel(  # type: ignore[no-untyped-def]
     end = gl.minimum(begin + share, chunks)
     at = words + (tile.to(gl.int64) * chunks + begin + warp) * 1152 + lane * 4 + word
     at_x = x + (token.to(gl.int64) * chunks + begin + warp) * 128 + lane % 4 * 4 + word
-    sums = gl.zeros([WARPS, TILES, EIGHTS, 32, 4], gl.float32, L)
-    for chunk in range(begin, end, WARPS):
+    sums = gl.zeros([ALONG, ACROSS * TILES, EIGHTS, 32, 4], gl.float32, L)
+    for chunk in range(begin, end, ALONG):
         live = chunk + warp < end
         places = _load(at, live, ALL, 0x44444444)
         for step in gl.static_range(8):
@@ -125,8 +130,8 @@ def s24_kernel(  # type: ignore[no-untyped-def]
                 is_pure=True,
                 pack=4,
             )
-        at += WARPS * 1152
-        at_x += WARPS * 128
+        at += ALONG * 1152
+        at_x += ALONG * 128
     total = gl.expand_dims(gl.sum(sums, 0), 0)
     which = tile % 2 if GATED else tile * 0
     row = (tile // 2 if GATED else tile) * 16 + lane // 4 + 8 * (word // 2)

@@ -6,9 +6,10 @@ of a warp feed it to the instruction. Inputs are read in their natural order, 16
 neighbouring lanes trade halves. The loop takes half an instruction per weight at 8 tokens and 3 at 64, where
 an H200 has 7.7 while it reads.
 
-The warps of a program, and with `split` several programs, share out the columns. Sums are float32 and always
-in the same order. Of a gate and an up matrix laid out together, one product gives silu(gate) * up, in float32
-up to the end: closer to the truth than a model that rounds gate and up in between.
+The warps of a program share out the columns; from 9 tokens on groups of them do, whose warps take rows of
+their own. With `split` several programs share the columns, too. Sums are float32 and always in the same order.
+Of a gate and an up matrix laid out together, one product gives silu(gate) * up, in float32 up to the end:
+closer to the truth than a model that rounds gate and up in between.
 
 State: the source of the kernel, its inline assembly included, gives the products of float64 when an emulator
 of the instructions runs it on a CPU (tests/gluon_on_cpu.py, tests/test_kernel_s24_mma.py); places are ordered
@@ -29,7 +30,7 @@ from .packed import pack
 from .s24_layout import COLUMNS, TILES, S24Layout, dense_s24, pack_gate_up, pack_s24
 
 TOKENS = 64  # at most
-REVISION = 1  # to be raised with each change of speed: what was measured before is then void
+REVISION = 2  # to be raised with each change of speed: what was measured before is then void
 _WARPS = 8  # of a program; a guess, not measured
 _PROGRAMS = 264  # a split aims at two programs on each of an H200's 132 processors; not measured
 
@@ -52,8 +53,8 @@ def s24_mma(
         x: activations.
         layout: the weight, or gate and up.
         bias: any floating dtype.
-        warps: of a program, a power of two: in how many parts it takes the columns; None is the default.
-        split: programs that share the columns of 32 rows; None chooses by the size of the matrix.
+        warps: of a program, a power of two; None is the default.
+        split: programs that share the columns of some rows; None chooses by the size of the matrix.
 
     Raises:
         ValueError: for another number of tokens, width or dtype.
@@ -63,9 +64,10 @@ def s24_mma(
 
     rows, tokens = layout.shape[0], x.shape[0]
     tiles, chunks = layout.words.shape[:2]
-    programs = tiles // TILES
-    warps = warps or _WARPS
-    split = split or max(1, min(_PROGRAMS // programs, chunks // warps))
+    warps, eights = warps or _WARPS, 1 << (-(-tokens // 8) - 1).bit_length()
+    across = 1 if layout.gated else _across(eights, warps, tiles)
+    programs, along = tiles // (TILES * across), warps // across
+    split = split or max(1, min(_PROGRAMS // programs, chunks // along))
     share = -(-chunks // split)
     y = x.new_empty((tokens, rows))
     parts = y
@@ -82,16 +84,30 @@ def s24_mma(
             tokens,
             rows,
             WARPS=warps,
+            ACROSS=across,
             TILES=TILES,
-            EIGHTS=1 << (-(-tokens // 8) - 1).bit_length(),
+            EIGHTS=eights,
             HALF="bf16" if layout.dtype is torch.bfloat16 else "f16",
-            ALL=share * split == chunks and share % warps == 0,
+            ALL=share * split == chunks and share % along == 0,
             BIAS=bias is not None and split == 1,
             GATED=layout.gated,
             PARTS=split > 1,
             num_warps=warps,
         )
         return y if split == 1 else add_parts(parts, y, bias, layout.gated)
+
+
+def _across(eights: int, warps: int, tiles: int) -> int:
+    """How many warps of a program take rows of their own, and not columns.
+
+    Every program reads all inputs of its columns: with 32 rows each, at 28672 x 4096 and 64 tokens, 470 MB
+    from the L2 cache beside 132 MB of weights. Four warps that take the same columns at the same time read
+    them once. A prediction (benchmarks/notes.md), not measured; of few tokens there is little to read.
+    """
+    across = min(eights, 4, warps)
+    while tiles % (TILES * across):
+        across //= 2
+    return across
 
 
 def s24_mma_reference(x: Tensor, layout: S24Layout, bias: Tensor | None = None) -> Tensor:
@@ -145,7 +161,7 @@ def _wrong(device: torch.device) -> str | None:
 
 
 # tokens, rows, columns, split, gated
-_TRIALS = [(1, 32, 2048, 1, False), (9, 72, 1100, 2, False), (33, 40, 2048, 1, True)]
+_TRIALS = [(1, 32, 2048, 1, False), (20, 120, 1100, 2, False), (33, 40, 2048, 1, True)]
 
 
 def _words(x: Tensor, columns: int) -> Tensor:

@@ -115,7 +115,7 @@ def blocked_layout(
     """Only the layout in which the four registers of a lane are the last dimension, lanes the one before."""
     assert registers[-2:] == [1, 4]
     assert lanes == [1] * (len(lanes) - 2) + [32, 1]
-    assert set(warps[1:]) == {1}
+    assert set(warps[2:]) == {1}
     assert order == sorted(order, reverse=True)
 
 

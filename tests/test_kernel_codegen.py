@@ -63,6 +63,7 @@ def s24(
     types |= dict.fromkeys(("chunks", "share", "tokens", "out"), "i32")
     constants: dict[str, int | bool | str] = {"WARPS": WARPS, "TILES": TILES, "EIGHTS": eights}
     constants |= {"HALF": half, "ALL": every, "BIAS": not parts, "GATED": gated, "PARTS": parts}
+    constants["ACROSS"] = 1 if gated else min(eights, 4)
     unaligned = ["chunks", "share", "tokens", "out"]
     return Job("s24_gluon", "s24_kernel", types, constants, WARPS, arch, True, unaligned)
 
