@@ -176,6 +176,8 @@ def _shape(
             if row["kernel"] == "dispatch" and layer is not None:
                 explanation = explain(layer, tokens)
                 held = {"held": explanation.kernel, "route": explanation.route}
+                if explanation.kernel == DENSE:  # what is read is not the stored form
+                    row["of_copy"] *= dense.nbytes / layer.packed.bytes
             yield {"shape": name, "size": shape, "tokens": tokens, **row, **held}
 
 

@@ -14,6 +14,9 @@ shift
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
 python=${PYTHON:-python3}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+export LLMPRUNE_CACHE=$scratch/cache # what is measured here depends on nothing that was measured before
 failed=() late=()
 whole=470 caps=1 # seconds for everything; a rehearsal takes what it takes
 case " $* " in *" --small "*) whole=47000 caps=100 ;; esac
@@ -58,11 +61,9 @@ if [ "${1:-}" = --pruning ]; then
     part "one block" 3600 benchmarks/speed.py --out "$out/speed_block_cuda.json" \
         --shapes 8b --windows 128 --seqlen 2048 --dtype bfloat16 --device cuda "$@"
     case " $* " in *" --small "*) ended && exit 0 || exit 1 ;; esac # the runs below need a GPU
-    big=$(mktemp -d)
-    trap 'rm -rf "$big"' EXIT
-    part "a model" 3600 benchmarks/big.py make "$big/model" --shape 8b --blocks 4
+    part "a model" 3600 benchmarks/big.py make "$scratch/model" --shape 8b --blocks 4
     for method in wanda sparsegpt; do
-        part "$method from disk to disk" 3600 benchmarks/big.py run "$big/model" --method "$method" \
+        part "$method from disk to disk" 3600 benchmarks/big.py run "$scratch/model" --method "$method" \
             --windows 128 --seqlen 2048 --threads 16 --out "$out/big_cuda.json"
     done
     ended && exit 0 || exit 1
@@ -77,4 +78,8 @@ part "few tokens" 205 benchmarks/few_tokens.py --out "$out/few_tokens.json" \
     --correct "$out/correct.json" --seconds 150 "$@"
 part "end to end" 160 benchmarks/end_to_end.py --out "$out/end_to_end.json" \
     --seconds $((whole - SECONDS < 160 ? whole - SECONDS - 35 : 125)) "${model[@]}" "$@"
+set -- "$LLMPRUNE_CACHE"/kernels/*.json # what layers measured when they were first laid out
+if [ -f "$1" ]; then
+    part "what layers measured" 30 benchmarks/sweep.py --merge "$@" --out "$out/measured_by_layers.json"
+fi
 ended && exit 0 || exit 1

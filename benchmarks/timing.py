@@ -47,7 +47,10 @@ def graphed(calls: Sequence[Call], device: torch.device) -> Run:
     Raises:
         RuntimeError: when a call cannot be captured.
     """
-    calls[0]()  # compiles
+    for (
+        call
+    ) in calls:  # compiles; layers lay out their weights, which a graph that is recorded prevents
+        call()
     if device.type == "cpu":
         return lambda: clock(calls[0])
     torch.cuda.synchronize(device)

@@ -7,7 +7,7 @@ neighbouring lanes trade halves. The loop takes half an instruction per weight a
 an H200 has 7.7 while it reads.
 
 The warps of a program share out the columns; from 9 tokens on groups of them do, whose warps take rows of
-their own. With `split` several programs share the columns, too. Sums are float32 and always in the same order.
+their own. With `split` several programs share the columns, too. Sums are float32, always in the same order.
 Of a gate and an up matrix laid out together, one product gives silu(gate) * up, in float32 up to the end:
 closer to the truth than a model that rounds gate and up in between.
 

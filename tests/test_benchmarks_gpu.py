@@ -323,3 +323,53 @@ def test_the_commit_is_given_where_git_is_not(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COMMIT", "0123abcd")
     assert bench("timing").commit() == "0123abcd"
+
+
+def test_a_sweep_goes_on_where_the_last_one_ended(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With made-up times, and nm_gemv in the interpreter for the one shape of a rehearsal."""
+    from llmprune.kernels import gpu, measure, table
+    from llmprune.kernels.words import Words
+
+    monkeypatch.setenv("LLMPRUNE_CACHE", str(tmp_path / "cache"))
+    table.current.cache_clear()
+    monkeypatch.setattr(gpu, "missing", lambda device: None)
+    monkeypatch.setattr(
+        Words, "unfit", lambda self, case: "no Gluon" if self.name == "s24_mma" else None
+    )
+    measured = []
+
+    def timer(device: torch.device, ways: Any) -> list[float]:
+        measured.append(ways[0].tokens)
+        return [10.0 if way.name == "dense" else 5.0 + i for i, way in enumerate(ways)]
+
+    monkeypatch.setattr(measure, "slow_timer", timer)
+    monkeypatch.setattr(measure.Bench, "launches", lambda self: [(None, None), (4, 1)])
+    out = tmp_path / "gpu.json"
+    sweep = bench("sweep")
+
+    def run(*more: str) -> None:
+        command = ["sweep.py", "--out", str(out), "--device", "cpu", "--small", *more]
+        monkeypatch.setattr(sys, "argv", command)
+        sweep.main()
+
+    run("--processes", "1", "--tokens", "1")
+    run("--processes", "1", "--tokens", "1")
+    assert measured == [1]
+    run("--processes", "1", "--tokens", "1", "2")
+    assert measured == [1, 1, 2]
+    (matrix,), (timings,) = zip(*table.read(out).timings.items(), strict=True)
+    assert (matrix.kernel, matrix.rows, matrix.columns) == ("nm_gemv 2:4", 64, 256)
+    assert {t.tokens: (t.kernel_us, t.dense_us) for t in timings.values()} == {
+        1: (7.0, 10.0),
+        2: (7.0, 10.0),
+    }
+    monkeypatch.setattr(table, "SHIPPED", tmp_path)
+    table.current.cache_clear()
+    assert matrix in table.current().timings  # what ships is read
+    other = tmp_path / "other.json"
+    monkeypatch.setattr(sys, "argv", ["sweep.py", "--merge", str(out), "--out", str(other)])
+    sweep.main()
+    assert other.read_text() == out.read_text()
+    table.current.cache_clear()
