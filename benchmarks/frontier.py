@@ -23,6 +23,7 @@ import fcntl
 import hashlib
 import json
 import math
+import os
 import resource
 import subprocess
 import sys
@@ -279,7 +280,8 @@ def add(path: Path, row: dict[str, Any]) -> None:
     """Put a cell among those of `path`, which other runs may be writing to."""
     from llmprune.provenance import versions
 
-    with path.with_suffix(".lock").open("w") as lock:
+    lock = os.open(path.parent, os.O_RDONLY)
+    try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         rows = [r for r in read(path) if any(r[k] != row[k] for k in PLACE)] + [row]
         about = {"versions": versions(torch.device("cpu")), "command": "benchmarks/frontier.py"}
@@ -287,6 +289,8 @@ def add(path: Path, row: dict[str, Any]) -> None:
         fresh = path.with_suffix(".new")
         fresh.write_text(f'{json.dumps(about)[:-1]}, "rows": [\n{lines}\n]}}\n')
         fresh.replace(path)
+    finally:
+        os.close(lock)
 
 
 if __name__ == "__main__":
