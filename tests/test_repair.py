@@ -22,6 +22,7 @@ from llmprune.matrix import Matrix
 from llmprune.model import blocks, matrices
 from llmprune.refine import settings
 from llmprune.refine.settings import Repair
+from llmprune.refine.tuned import Tuned
 from llmprune.report import LayerReport, Report
 from llmprune.run import PruneConfig, prune_with
 
@@ -230,6 +231,16 @@ def test_batch_size_changes_rounding_only() -> None:
             torch.testing.assert_close(b, a, rtol=1e-2, atol=1e-4)
 
 
+def test_half_an_epoch_is_half_of_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    step = Tuned.step
+    monkeypatch.setattr(Tuned, "step", lambda self, rate, n: taken.append(n) or step(self, rate, n))
+    short = {"epochs": 0.5, "tokens": 32, "tune": "weights"}
+    report, _ = pruned(llama(), repair=True, repair_settings=short)
+    assert max(taken) == 6  # of 22 windows, two at a time
+    assert [block.epochs for block in report.repair] == [1, 1, 1]
+
+
 def test_a_limit_of_time_ends_it() -> None:
     report, _ = pruned(llama(), repair=True, repair_settings={"seconds": 1e-3, "epochs": 500})
     assert [block.epochs for block in report.repair] == [1, 1, 1]
@@ -322,8 +333,9 @@ def test_a_block_without_gradients_is_named() -> None:
     ("key", "value", "words"),
     [
         ("epoch", 3, "repair has no setting 'epoch': did you mean 'epochs'"),
-        ("epochs", 0, "setting epochs of repair is a number from 1 on, got 0"),
-        ("epochs", "two", "setting epochs of repair takes a whole number, got 'two'"),
+        ("epochs", 0, "setting epochs of repair is a number above 0, got 0"),
+        ("epochs", "nan", "setting epochs of repair is a number above 0, got nan"),
+        ("epochs", "two", "setting epochs of repair takes a number, got 'two'"),
         ("tokens", -1, "setting tokens of repair is a number from 1 on, got -1"),
         ("rate", 0, "setting rate of repair is a share of the weights above 0 and up to 1, got 0"),
         ("rate", "nan", "setting rate of repair is a share of the weights above 0"),

@@ -128,11 +128,11 @@ class _Repairing:
             raise NumericalError(f"block {self.index} of {name} gives NaN or Inf once it is pruned")
         best, best_epoch, epoch, number, gone = held, 0, 0, 0, 0.0
         order = torch.Generator().manual_seed(self.settings.seed + self.index)
-        patience = self.settings.patience or self.settings.epochs
+        patience = self.settings.patience or math.inf
         while self.parts and held.share > 0 and gone < 1 and epoch - best_epoch < patience:
             epoch += 1
             for step in self._steps(order):
-                tell(f"repairing, epoch {epoch}/{self.settings.epochs}")
+                tell(f"repairing, epoch {epoch}/{math.ceil(self.settings.epochs)}")
                 number += 1
                 self._step(step, number, gone, held)
                 gone = self._gone(number)

@@ -18,7 +18,7 @@ class Repair:
     """How a block is repaired.
 
     Attributes:
-        epochs: how often all windows are gone through.
+        epochs: how often all windows are gone through; 0.5 is half of them once.
         rate: length of a step of Adam, as a share of the root mean square of what it changes; it rises
             over the first steps and then falls to zero along a cosine.
         tokens: for a step: as many whole windows as they make, and at least one.
@@ -30,7 +30,7 @@ class Repair:
         seed: of the order of the windows.
     """
 
-    epochs: int = 4
+    epochs: float = 4.0
     rate: float = 0.08
     tokens: int = 1024
     seconds: float = 0.0
@@ -40,11 +40,10 @@ class Repair:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(
-                    f"setting {name} of repair is a number from 1 on, got {getattr(self, name)}"
-                )
+        if self.tokens < 1:
+            raise ConfigError(f"setting tokens of repair is a number from 1 on, got {self.tokens}")
+        if not 0 < self.epochs < 2**31:
+            raise ConfigError(f"setting epochs of repair is a number above 0, got {self.epochs:g}")
         for name in ("seconds", "patience", "seed"):
             if not 0 <= getattr(self, name) < 2**31:
                 raise ConfigError(
@@ -79,7 +78,8 @@ class Repair:
 
     def steps(self, windows: int, seqlen: int) -> int:
         """Steps of all epochs where there are so many windows of `seqlen` tokens."""
-        return self.epochs * math.ceil(len(self.parted(windows)[0]) / self.windows(seqlen))
+        each = math.ceil(len(self.parted(windows)[0]) / self.windows(seqlen))
+        return math.ceil(self.epochs * each)
 
     def as_dict(self) -> dict[str, Any]:
         """Every setting with its value, defaults too."""
