@@ -19,12 +19,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 import llmprune
 from llmprune.errors import ConfigError, LLMPruneError
 from llmprune.matrix import Matrix
+from llmprune.memory import of_repair
 from llmprune.model import blocks, matrices
 from llmprune.refine import settings
 from llmprune.refine.settings import Repair
 from llmprune.refine.tuned import Tuned
 from llmprune.report import LayerReport, Report
 from llmprune.run import PruneConfig, prune_with
+from llmprune.walk import Walker
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 32,
@@ -408,3 +410,29 @@ def test_block_by_block_from_disk_it_is_the_same(model: Path, tmp_path: Path) ->
     for one, two in zip(report.repair, told["repair"], strict=True):
         assert one.held_out_after == pytest.approx(two["held_out_after"], rel=1e-3)
     assert "repaired: 4 blocks" in report.table()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "gpt_oss", "deepseek_v3"])
+def test_the_memory_that_is_planned_for_is_enough(family: str) -> None:
+    """What a backward pass keeps, as autograd tells it, and everything a repair holds of a block."""
+    model = tiny(family)
+    block = blocks(model)[1][1]
+    walker = Walker(model, blocks(model)[1], [IDS])
+    with torch.no_grad():
+        hidden = walker.run(0, 0, None)
+    own = {p.data_ptr() for p in model.parameters()}
+    kept: dict[tuple[int, int], int] = {}
+
+    def see(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in own:
+            kept[tensor.data_ptr(), tensor.numel()] = tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(see, lambda tensor: tensor):
+        walker.run(1, 0, hidden).sum().backward()
+    states = 0
+    for parameter in block.parameters():
+        one = Tuned.of(parameter, torch.ones_like(parameter, dtype=torch.bool))
+        held = [one.gradient, one.mean, one.square, one.best, one.keep, parameter.grad]
+        states += sum(t.nbytes for t in held if t is not None)
+    assert sum(kept.values()) + states <= of_repair(block, IDS.numel())
