@@ -306,14 +306,76 @@ def test_what_does_not_fit_is_refused():
         module.check()
 
 
-def test_a_compiled_model_runs_them_outside_of_the_graph():
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "llama4_text", "nemotron_h"])
+def test_a_compiled_block_holds_them_as_one_operator(family):
+    model = halved(family)
+    truth = logits(model)
+    llmprune.sparsify(model)
+    torch.compiler.reset()
+    for experts in packed_modules(model):
+        experts.forward = torch.compile(experts.forward, backend="aot_eager", fullgraph=True)
+    assert torch.equal(logits(model), truth)
+    torch.compiler.reset()
+
+
+def test_a_compiled_model_is_one_graph():
     model = halved("qwen3_moe")
     truth = logits(model)
     llmprune.sparsify(model)
     torch.compiler.reset()
-    block = model.model.layers[1]
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(compiled(WINDOWS, use_cache=False).logits, truth)
+        one = compiled(WINDOWS[:1], use_cache=False).logits
+        torch.testing.assert_close(one, truth[:1])
+        twin = copy.deepcopy(model)  # has a number of its own
+        for parameter in model.parameters():
+            parameter.zero_()
+        assert torch.equal(logits(twin), truth)
+        compiled = torch.compile(twin, backend="aot_eager", fullgraph=True)
+        assert torch.equal(compiled(WINDOWS, use_cache=False).logits, truth)
+    torch.compiler.reset()
+
+
+def test_a_model_whose_gradients_are_wanted_runs_them_outside_of_the_graph():
+    dense = halved("qwen3_moe")
+    sparse = copy.deepcopy(dense)
+    llmprune.sparsify(sparse)
+    for name, parameter in sparse.named_parameters():
+        parameter.requires_grad_(not name.endswith("_values") or "layers.1.mlp.experts" in name)
+    torch.compiler.reset()
+    block = sparse.model.layers[1]
     block.forward = torch.compile(block.forward, backend="aot_eager")
-    torch.testing.assert_close(logits(model), truth)
+    for model in (dense, sparse):
+        model(input_ids=WINDOWS, use_cache=False).logits.square().mean().backward()
+    plain = dict(dense.named_parameters())
+    for name, parameter in sparse.named_parameters():
+        if parameter.requires_grad and name.endswith("_values"):
+            weight = plain[name.removesuffix("_values")]
+            torch.testing.assert_close(parameter.grad, weight.grad[weight != 0])
+        elif parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, plain[name].grad)
+    torch.compiler.reset()
+
+
+def test_experts_that_give_another_shape_are_refused_in_a_graph():
+    class Wide(OwnExperts):
+        def __init__(self) -> None:
+            super().__init__()
+            self.down = nn.Parameter(self.up.detach().clone())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.up[0]) + F.linear(x, self.down[0])
+
+    module = Wide().requires_grad_(False)
+    x = torch.randn(4, 13)
+    truth = module(x)
+    for name in ("up", "down"):
+        hold(module, name, pack(getattr(module, name)), "unstructured", "rows")
+    torch.testing.assert_close(module(x), truth)
+    torch.compiler.reset()
+    with pytest.raises(RuntimeError, match=r"Wide gives torch.float32 \[4, 5\] for inputs"):
+        torch.compile(module, backend="aot_eager")(x)
     torch.compiler.reset()
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from llmprune.checkpoint.census import Axis
 from llmprune.kernels.packed import Packed, count
 from llmprune.kernels.sparse_linear import expanded
+from llmprune.runtime import opaque
 from llmprune.runtime.fit import check_packed, take_packed
 from llmprune.runtime.view import PackedMatrix, PackedStack
 
@@ -41,6 +42,9 @@ class Room:
     transposed: bool | None = None
 
 
+_PASSING = ("_counted", "_shares", "_number")  # of a module as it is now, not of its copies
+
+
 class PackedModule(nn.Module):
     """What is added to a module's class; made by `hold`, undone by `release`.
 
@@ -54,6 +58,7 @@ class PackedModule(nn.Module):
     _own_forward: ClassVar[Callable[..., Any]]
 
     rooms: dict[str, Room]
+    _number: int
 
     def __getattr__(self, name: str) -> Any:
         if name in self.__dict__.get("rooms", ()):
@@ -79,15 +84,23 @@ class PackedModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The family's own."""
         if torch.compiler.is_compiling() and any(len(r.shape) > 2 for r in self.rooms.values()):
-            return self._apart(*args, **kwargs)
-        return self._run(*args, **kwargs)
+            return self._compiled(*args, **kwargs)
+        return self.run_own(*args, **kwargs)
+
+    def _compiled(self, *args: Any, **kwargs: Any) -> Any:
+        """Which experts run depends on the data: torch.compile cannot look into it."""
+        trained = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+        if len(self.rooms) > 1 and not kwargs and not trained and opaque.fits(args):
+            return opaque.run(self._number, args)
+        return self._apart(*args, **kwargs)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _apart(self, *args: Any, **kwargs: Any) -> Any:
-        """Which experts run depends on the data: torch.compile has to leave them alone."""
-        return self._run(*args, **kwargs)
+        """Outside of the graph."""
+        return self.run_own(*args, **kwargs)
 
-    def _run(self, *args: Any, **kwargs: Any) -> Any:
+    def run_own(self, *args: Any, **kwargs: Any) -> Any:
+        """The family's own forward, eager."""
         self.__dict__["_shares"] = {}
         try:
             return self._own_forward(self, *args, **kwargs)
@@ -139,7 +152,7 @@ class PackedModule(nn.Module):
         return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_counted", "_shares")}
+        return {k: v for k, v in self.__dict__.items() if k not in _PASSING}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickled by the family's class: the one made from it has no place to be imported from."""
@@ -190,6 +203,7 @@ def hold(
     if not isinstance(module, PackedModule):
         kind: Any = type(module)
         module.__dict__["rooms"] = {}
+        module.__dict__["_number"] = opaque.number(module)
         module.__class__ = _packed_class(kind)
     module.__dict__["rooms"][name] = Room(tuple(packed.shape), pattern, axis, transposed)
 
@@ -203,7 +217,7 @@ def release(module: PackedModule, name: str) -> None:
     module.__dict__.pop("_counted", None)
     module.register_parameter(name, nn.Parameter(dense))
     if not module.rooms:
-        del module.__dict__["rooms"]
+        del module.__dict__["rooms"], module.__dict__["_number"]
         module.__class__ = module._dense_class  # type: ignore[assignment]
 
 
@@ -219,7 +233,9 @@ def _packed_class(dense: Any) -> type[PackedModule]:
 def _blank(dense: Any) -> nn.Module:
     """What unpickling fills."""
     made = _packed_class(dense)
-    return made.__new__(made)
+    module = made.__new__(made)
+    module.__dict__["_number"] = opaque.number(module)
+    return module
 
 
 def _own_forward(dense: Any) -> Callable[..., Any]:
