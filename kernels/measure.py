@@ -14,7 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -239,8 +239,7 @@ def _copies(tensor: Tensor) -> list[Tensor]:
 
 def _on_gpu(device: torch.device, ways: Sequence[Way], calls: int, rounds: int) -> list[float]:
     """The median of so many replays of a graph of each way, in turn."""
-    here = torch.cuda.current_stream(device)
-    aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    here, aside = torch.cuda.current_stream(device), _aside(device)
     aside.wait_stream(here)
     with torch.cuda.stream(aside):
         replays = [_recorded(way, max(calls, len(way.runs))) for way in ways]
@@ -250,6 +249,12 @@ def _on_gpu(device: torch.device, ways: Sequence[Way], calls: int, rounds: int) 
                 found.append(replay())
     here.wait_stream(aside)
     return [statistics.median(found) for found in times]
+
+
+@cache
+def _aside(device: torch.device) -> torch.cuda.Stream:
+    """One stream for all that is measured on a device: cuBLAS keeps memory for each that it has seen."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _recorded(way: Way, calls: int) -> Callable[[], float]:

@@ -10,7 +10,14 @@ import pytest
 import torch
 from conftest import INTERPRETED
 from gluon_on_cpu import on_cpu
-from kernel_harness import MASKS, assert_within, bits, nm_matrix, truth
+from kernel_harness import (
+    MASKS,
+    assert_as_good_as_dense,
+    assert_within,
+    bits,
+    nm_matrix,
+    truth,
+)
 from torch import Tensor
 
 from llmprune.kernels import choice, cusparselt, gpu, held
@@ -136,6 +143,7 @@ def test_few_tokens_go_to_the_kernel_and_many_do_not(monkeypatch: pytest.MonkeyP
         return x.new_zeros(len(x), 8)
 
     monkeypatch.setattr(held.Gemv, "product", product)
+    monkeypatch.setattr(held.Gemv, "launches", lambda self, device: True)
     for tokens in (0, 1, 8, 9, 200):
         kernel.matmul(torch.zeros(tokens, 16).half(), layout, None, (8, 16), False)
     kernel.matmul(torch.zeros(1, 8).half(), layout, None, (8, 16), True)
@@ -323,3 +331,90 @@ def test_cusparselt_is_explained() -> None:
     assert kernel.route(CUDA).startswith("as s24_mma: by the kernel")
     assert kernel.route(replace(CUDA, tokens=65)) == "by cuSPARSELt"
     assert "multiples of 16" in str(kernel.unfit(replace(CUDA, shape=(72, 128))))
+
+
+# On a GPU
+
+ON_GPU = ["s24_mma", "nm_gemv 2:4", "nm_gemv 4:8", "nm_gemv 8:16", "expand", "dense", "cusparselt"]
+
+
+def on_gpu(name: str) -> tuple[Kernel, Tensor, list[Tensor]]:
+    """A kernel, a dense matrix and its layout; skips where the kernel says that it cannot run."""
+    kernel, device = choice.find(name), torch.device("cuda", torch.cuda.current_device())
+    n, m = (kernel.n, kernel.m) if isinstance(kernel, Words) else (2, 4)
+    case = replace(CUDA, device=device, shape=(1024, 2048), pattern=f"{n}:{m}")
+    if (why := kernel.unfit(case)) is not None:
+        pytest.skip(f"{name} {why}")
+    dense = nm_matrix(1024, 2048, n, m, torch.bfloat16, "fewer", device="cuda")
+    return kernel, dense, kernel.prepare(pack(dense))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ON_GPU)
+def test_on_a_gpu_any_number_of_tokens_both_ways(
+    name: str, poisoned: Callable[[Tensor], int]
+) -> None:
+    kernel, dense, layout = on_gpu(name)
+    assert same(kernel.packed(layout, dense.shape), pack(dense))
+    assert torch.equal(bits(kernel.expanded(layout, dense.shape)), bits(dense))
+    for tokens in (0, 1, 7, 8, 9, 33, 64, 65, 300):
+        x = torch.randn(tokens, 2048, device="cuda").bfloat16()
+        bias = torch.randn(1024, device="cuda").bfloat16()
+        y = sparse_linear(x, layout, bias, name, dense.shape)
+        flow = torch.randn(tokens, 1024, device="cuda").bfloat16()
+        back = sparse_linear(flow, layout, None, name, dense.shape, True)
+        assert (y.shape, back.shape) == ((tokens, 1024), (tokens, 2048))
+        assert poisoned(y) == poisoned(back) == 0
+        if tokens:
+            assert_as_good_as_dense(y, x, dense, bias)
+            assert_as_good_as_dense(back, flow, dense.T.contiguous())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ON_GPU[:-1])  # whether cuSPARSELt can be recorded is not known
+@pytest.mark.parametrize("tokens", [1, 8, 64, 65])
+def test_a_cuda_graph_records_each_way(name: str, tokens: int) -> None:
+    _, dense, layout = on_gpu(name)
+    x = torch.randn(tokens, 2048, device="cuda").bfloat16()
+    for _ in range(2):
+        sparse_linear(x, layout, None, name, dense.shape)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = sparse_linear(x, layout, None, name, dense.shape)
+    x.normal_()
+    graph.replay()
+    assert torch.equal(y, sparse_linear(x, layout, None, name, dense.shape))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["nm_gemv 2:4", "expand"])
+def test_streams_do_not_write_into_each_others_scratch(name: str) -> None:
+    _, dense, layout = on_gpu(name)
+    x = torch.randn(300, 2048, device="cuda").bfloat16()
+    other = choice.find(name).prepare(pack(dense.flip(0).contiguous()))
+    expected = [sparse_linear(x, held, None, name, dense.shape) for held in (layout, other)]
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
+    given: list[list[Tensor]] = [[], []]
+    for _ in range(50):
+        for stream, held_, into in zip(streams, (layout, other), given, strict=True):
+            with torch.cuda.stream(stream):
+                into.append(sparse_linear(x, held_, None, name, dense.shape))
+    torch.cuda.synchronize()
+    for right, found in zip(expected, given, strict=True):
+        assert all(torch.equal(right, y) for y in found)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("name", ON_GPU)
+def test_on_a_gpu_that_is_not_the_current_one(name: str) -> None:
+    kernel, dense, _ = on_gpu(name)
+    dense = dense.to("cuda:1")
+    layout = kernel.prepare(pack(dense))
+    for tokens in (1, 100):
+        x = torch.randn(tokens, 2048, device="cuda:1").bfloat16()
+        y = sparse_linear(x, layout, None, name, dense.shape)
+        assert y.device == x.device
+        assert_as_good_as_dense(y, x, dense)

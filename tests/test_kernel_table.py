@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import INTERPRETED
-from kernel_harness import assert_within, nm_matrix, truth
+from kernel_harness import assert_as_good_as_dense, assert_within, nm_matrix, truth
 from torch import Tensor
 
 from llmprune.kernels import choice, dense, gpu, held, measure, table, tuning, words
@@ -507,4 +507,40 @@ def test_measuring_on_a_gpu_gives_times() -> None:
     assert found.dense_us < found.expand_us
     del bench
     torch.cuda.empty_cache()
-    assert torch.cuda.memory_allocated() <= begun + 2**20
+    assert torch.cuda.memory_allocated() <= begun + 2**27  # what cuBLAS keeps
+
+
+@pytest.mark.gpu
+def test_tune_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a layer that is laid out; then its kernel is used, or dense, as the table says."""
+    import llmprune
+    from llmprune.kernels import prepare
+
+    weight = nm_matrix(1024, 2048, 2, 4, torch.bfloat16)
+    linear = torch.nn.Linear(2048, 1024, bias=False, dtype=torch.bfloat16)
+    linear.weight = torch.nn.Parameter(weight)
+    model = torch.nn.Sequential(llmprune.SparseLinear.from_linear(linear)).to("cuda")
+    found = tuning.tune(model, tokens=[1, 65], seconds=60)
+    assert str(found) == capsys.readouterr().out.rstrip("\n")
+    assert found.timings == anew().timings
+    (kernel,) = prepare(model)
+    slow = {matrix.kernel for matrix in found.timings if found.slow(matrix)}
+    assert kernel not in slow
+    assert kernel != "dense" or slow
+    for tokens in (1, 65):
+        x = torch.randn(tokens, 2048, device="cuda").bfloat16()
+        assert_as_good_as_dense(model(x), x, weight.to("cuda"))
+        assert "measured" in choice.explain(model[0], tokens).route or kernel == "dense"
+
+
+@pytest.mark.gpu
+def test_the_first_layout_on_a_gpu_measures(capfd: pytest.CaptureFixture[str]) -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    case = replace(CASE, device=device, shape=(1024, 2048))
+    kernel = choice.choose(case)
+    assert ": measured " in capfd.readouterr().err
+    assert table.current().timings
+    assert not measure.FAILED
+    assert not measure.LEFT_OUT
+    assert choice.choose(case) is kernel
+    assert capfd.readouterr().err == ""
