@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from damping import lost
 from torch import Tensor
 
 from llmprune import methods
+from llmprune.methods import swaps
 from llmprune.pattern import parse
 from llmprune.provenance import versions
 from llmprune.stats import Gram
@@ -32,6 +34,8 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {  # and how many times as m
     "sparsegpt + swaps": ("sparsegpt", {"refit": True, "refit_swaps": 1}, 1),
     "alps": ("alps", {}, 1),
 }
+SWAPS = "wanda + swaps"  # is measured in narrower and wider parts, too
+WIDTHS = (32, swaps.WIDTH, 128)
 
 
 def main() -> None:
@@ -49,10 +53,19 @@ def main() -> None:
     weight = torch.randn(16 * args.rows[1], args.width, generator=random)
     rows = []
     for pattern in args.patterns:
-        for case in CASES:
-            rows.append(measured(case, pattern, weight, near, away, args.rows))
+        for case, width in cases():
+            swaps.WIDTH = width
+            row = measured(case, pattern, weight, near, away, args.rows)
+            rows.append({**row, "part": width} if case == SWAPS else row)
             print(json.dumps(rows[-1]), flush=True)
             args.out.write_text(_text(args, rows))
+
+
+def cases() -> Iterator[tuple[str, int]]:
+    """Every case with the width of the parts that swaps are made in."""
+    for case in CASES:
+        for width in WIDTHS if case == SWAPS else (WIDTHS[1],):
+            yield case, width
 
 
 def tokens(width: int, count: int, random: torch.Generator) -> Tensor:

@@ -204,7 +204,9 @@ def test_solvers_are_timed_on_a_wide_layer(root: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(root)}
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    rows = {row["case"]: row for row in json.loads(out.read_text())["rows"]}
+    every = json.loads(out.read_text())["rows"]
+    assert [row["part"] for row in every if "part" in row] == [32, 64, 128]
+    rows = {row["case"]: row for row in every}
     assert rows["alps"]["loss"] < rows["sparsegpt + refit"]["loss"] < rows["sparsegpt"]["loss"]
     assert rows["sparsegpt + swaps"]["loss"] < rows["sparsegpt + refit"]["loss"]
     assert all(row["seconds_matrix"] >= row["seconds_shared"] >= 0 for row in rows.values())
