@@ -48,11 +48,14 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", default=["wanda", "sparsegpt", "alps"])
     parser.add_argument("--patterns", nargs="*", default=["0.6", "0.7", "2:4"])
     parser.add_argument("--allocations", nargs="*", default=["uniform", "owl", "alphapruning", "search"],
-                        choices=list(ALLOCATIONS))  # fmt: skip
+                        help=f"of {', '.join(ALLOCATIONS)}, or added ones")  # fmt: skip
+    parser.add_argument("--add", nargs=3, action="append", default=[],
+                        metavar=("NAME", "ALLOCATION", "SETTINGS"), help="settings as JSON")  # fmt: skip
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--out", type=Path, required=True, help="JSON with everything")
     args = parser.parse_args()
+    ALLOCATIONS.update({name: (kind, json.loads(text)) for name, kind, text in args.add})
     rows = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
     for seed in args.seeds:
         for pattern in args.patterns:

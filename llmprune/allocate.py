@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,20 +15,24 @@ from torch import Tensor
 
 from llmprune.activations import Activations
 from llmprune.allocation.base import Measured
-from llmprune.allocation.decide import Decision, by_measure, steps
+from llmprune.allocation.decide import Decision, by_measure, by_search, steps
 from llmprune.allocation.measuring import Blocks
+from llmprune.allocation.search import Search
 from llmprune.by_block import rooms
 from llmprune.checkpoint.shelf import Shelf
+from llmprune.errors import ConfigError
+from llmprune.loading import Source
 from llmprune.lockstep import check_walk
-from llmprune.memory import Budget
-from llmprune.model import Matrix
+from llmprune.memory import Budget, fits, of_model, trim
+from llmprune.model import Matrix, blocks, matrices
 from llmprune.order import Job
 from llmprune.parallel import Ranks
 from llmprune.preserve import evaluating, random_state
 from llmprune.progress import Bar, timed
 from llmprune.prune_matrix import Task
 from llmprune.walk import Walker
-from llmprune.workplace import Settings, Workplace
+from llmprune.whole import checked_walker
+from llmprune.workplace import SEARCH, Settings, Workplace
 
 STEP = "allocation"
 """Its name in the journal."""
@@ -34,48 +40,85 @@ STEP = "allocation"
 
 def allocated(
     job: Job,
+    source: Source,
     shelf: Shelf,
     settings: Settings,
     work: Workplace,
     chosen: Sequence[Matrix],
     task: Task,
     batches: Sequence[Tensor],
+    own: Sequence[Tensor],
     seconds: dict[str, float],
 ) -> Task:
     """`task` with the levels that an earlier run has decided, or that are decided now.
 
-    `batches` are those of this process.
+    `own` are those of all calibration `batches` that are this process's.
 
     Raises:
         NotByBlock: when blocks of this family cannot be run alone.
         ConfigError: where no levels are found.
     """
     allocation, journal = job.prune.allocated(), work.journal
-    if not isinstance(allocation, Measured):
+    if not isinstance(allocation, Measured | Search):
         return task
     if STEP in journal.steps:
         job.voice.say(f"levels are those that {allocation.name} has found earlier")
     else:
         job.voice.say(f"{allocation.name} decides how much of each matrix goes")
-        with timed(seconds, STEP), evaluating(shelf.model), random_state(shelf.model):
-            decision = _from_files(
-                allocation,
-                chosen,
-                shelf,
-                batches,
-                task,
-                settings.budget,
-                work.folder,
-                job.ranks,
-                not job.voice.quiet,
-            )
+        with timed(seconds, STEP):
+            if isinstance(allocation, Search):
+                _check_room(shelf, settings)
+                leads = job.ranks.leads
+                found = _searched(job, allocation, source, work, task, batches) if leads else None
+                decision = Decision.of(job.ranks.tell(found), task.pattern)
+            else:
+                with evaluating(shelf.model), random_state(shelf.model):
+                    decision = _from_files(
+                        allocation,
+                        chosen,
+                        shelf,
+                        own,
+                        task,
+                        settings.budget,
+                        work.folder,
+                        job.ranks,
+                        not job.voice.quiet,
+                    )
         journal.add(STEP, decision.plain())
+        shutil.rmtree(work.folder / SEARCH, ignore_errors=True)
     return replace(task, levels=Decision.of(journal.steps[STEP], task.pattern).levels)
 
 
 def found_by(work: Workplace) -> dict[str, Any]:
     """What the allocation was decided by, for the report."""
     return dict(work.journal.steps.get(STEP, {}).get("found", {}))
+
+
+def _check_room(shelf: Shelf, settings: Settings) -> None:
+    """Refuse to search where the whole model, whose logits judge, may not be in memory."""
+    if not fits(shelf.model, settings.budget):
+        need, have = (
+            math.ceil(x / 1e8) / 10 for x in (of_model(shelf.model), settings.budget.device)
+        )
+        raise ConfigError(
+            f"--allocation search runs the whole model, {need}GB of weights, and {have}GB may be used; "
+            "owl and alphapruning need one block at a time, or give more with --max-memory"
+        )
+
+
+def _searched(
+    job: Job, search: Search, source: Source, work: Workplace, task: Task, batches: Sequence[Tensor]
+) -> dict[str, Any]:
+    """What a search finds on the model in memory, as plain JSON types; it goes on where one was ended."""
+    model = job.choice.open(source, None).model
+    chosen = matrices(model, job.prune.targets, job.prune.ignore)
+    with evaluating(model), random_state(model):
+        walker = checked_walker(model, blocks(model)[1], list(batches), job.voice.say)
+        folder = work.folder / SEARCH
+        found = by_search(search, chosen, walker, task, folder, not job.voice.quiet).plain()
+    del model, chosen, walker
+    trim()
+    return found
 
 
 def _from_files(

@@ -7,14 +7,16 @@ over tokens, so that `merge` makes several batches, or several processes, one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any, ClassVar, Protocol, Self, cast, runtime_checkable
+from typing import Any, ClassVar, Protocol, Self, TypeVar, cast, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from llmprune.factor import InverseFactor
+
+T = TypeVar("T")
 
 
 @runtime_checkable
@@ -212,6 +214,12 @@ class Gram:
         found = InputNorms(self.diagonal)
         found.tokens = self.tokens
         return found
+
+    def remembered(self, key: str, make: Callable[[], T]) -> T:
+        """What `make` derives from the whole matrix, computed once, as long as the sums stay as they are."""
+        if key not in self._derived:
+            self._derived[key] = make()
+        return cast(T, self._derived[key])
 
     def inverse_factor(self, damping: float) -> InverseFactor:
         """The upper Cholesky factor of the inverse of the damped Gram matrix, computed once.

@@ -23,6 +23,7 @@ class Stopping:
         self.ranks = ranks
         self.asked = False
         self.finished = 0
+        self.left = "nothing is left"  # of a run that has not finished a block
         self._holding = False
 
     @contextmanager
@@ -52,7 +53,7 @@ class Stopping:
             raise Stopped(
                 f"stopped behind block {self.finished}, as asked; the same command goes on from there"
                 if self.finished
-                else "stopped before the first block was finished, as asked; nothing is left"
+                else f"stopped before the first block was finished, as asked; {self.left}"
             )
 
 

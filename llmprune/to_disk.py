@@ -106,6 +106,8 @@ def _to_target(
     )
     try:
         with on_sigterm(job.ranks) as stopping:
+            if job.prune.allocation == "search":
+                stopping.left = "the same command goes on with its search"
             run = _Run(job, source, tokenizer, text, shelf, settings, work, stopping)
             report = run.report(*run.prune(chosen, task, data), data)
             if job.ranks.leads:
@@ -177,9 +179,10 @@ class _Run:
             self._measure("dense", self.source, self.shelf)
             say(f"perplexity before: {self.measured['dense'].perplexity:.3f}")
         size = batch_size(job.prune, data, self.settings.device)
-        batches = self._own(list(data.batches(size))) if data is not None else []
-        at = self.shelf, self.settings, self.work
-        task = allocated(job, *at, chosen, task, batches, self.seconds)
+        given = list(data.batches(size)) if data is not None else []
+        batches = self._own(given) if given else []
+        at = self.source, self.shelf, self.settings, self.work
+        task = allocated(job, *at, chosen, task, given, batches, self.seconds)
         with (
             timed(self.seconds, "prune"),
             evaluating(self.shelf.model),

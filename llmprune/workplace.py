@@ -25,6 +25,8 @@ from llmprune.parallel import ALONE, Ranks
 from llmprune.provenance import versions
 from llmprune.run import PruneConfig
 
+SEARCH = "search"
+"""Folder inside a run's, in which a search keeps what it has found (llmprune/allocation/searching.py)."""
 PACKED = "packed"
 """Folder inside a run's, in which a result in the sparse format is put together."""
 _PACKED_DONE = "packed.done"  # there while that folder is complete, or has become the target
@@ -75,7 +77,8 @@ class Workplace:
 
     def close(self) -> None:
         """End a run: nothing stays of one that has finished nothing, or whose result is in its place."""
-        if self.checkpoint.is_dir() and (self.blocks or "allocation" in self.journal.steps):
+        begun = "allocation" in self.journal.steps or (self.folder / SEARCH).is_dir()
+        if self.checkpoint.is_dir() and (self.blocks or begun):
             self.journal.close()
         else:
             self.journal.discard()
@@ -180,10 +183,11 @@ def _make_room(work: Workplace, target: Path, hidden: int, packed: int) -> None:
     for (
         path
     ) in folder.iterdir():  # of a run that was killed: temporary folders, a half-made generation
-        if path.is_dir() and path != shards.folder:
+        if path.is_dir() and path not in (shards.folder, folder / SEARCH):
             shutil.rmtree(path)
     free = shutil.disk_usage(folder).free
-    here = sum(p.stat().st_blocks * 512 for p in folder.rglob("*") if p.is_file())
+    files = (p for p in folder.rglob("*") if p.is_file() and p.parent != folder / SEARCH)
+    here = sum(p.stat().st_blocks * 512 for p in files)
     need, error = shards.bytes + hidden + packed, None
     if need <= free + here:
         try:

@@ -245,6 +245,21 @@ class TestRuns:
             found.append({d.matrix.name: d.matrix.weight.clone() for d in done})
         assert all(torch.equal(found[0][name], found[1][name]) for name in found[1])
 
+    def test_levels_of_their_own_share_one_eigendecomposition(self, monkeypatch: Any) -> None:
+        from llmprune.methods import alps
+
+        made: list[int] = []
+        first = alps.Basis.__init__
+        monkeypatch.setattr(
+            alps.Basis, "__init__", lambda self, problem: made.append(1) or first(self, problem)
+        )
+        report = llmprune.prune(
+            uneven(), calibration=IDS, sparsity=0.6, method="alps", allocation="owl",
+            allocation_settings={"grain": "matrix"}, progress=False,
+        )  # fmt: skip
+        assert len({layer.pattern for layer in report.layers}) > 4
+        assert len(made) == 4 * 4  # q, k, v; o; gate, up; down
+
     @pytest.mark.parametrize("kind", ["gpt2", "mixtral", "gpt_oss", "gemma3n_text"])
     @pytest.mark.parametrize("sparsity", [0.5, "2:4"])
     def test_families(self, kind: str, sparsity: Any) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from llmprune.allocation.base import Allocation, Measured
 from llmprune.allocation.measuring import Blocks, decided, in_memory
+from llmprune.allocation.search import Search
+from llmprune.allocation.searching import Searching
 from llmprune.model import Matrix
 from llmprune.pattern import Level, Pattern, as_text, from_text
 from llmprune.progress import Bar
@@ -46,10 +50,29 @@ def decide(
     progress: bool,
 ) -> Decision:
     """Decide for a model in memory, whose weights are as before afterwards."""
+    if isinstance(allocation, Search):
+        assert walker is not None  # it needs data
+        with tempfile.TemporaryDirectory(prefix="llmprune-search-") as folder:
+            return by_search(allocation, chosen, walker, task, Path(folder), progress)
     if not isinstance(allocation, Measured):
         return Decision()
     with Bar(steps(allocation, chosen, walker), "allocating", enabled=progress) as bar:
         return by_measure(allocation, chosen, in_memory(walker, task), bar.step)
+
+
+def by_search(
+    search: Search,
+    chosen: Sequence[Matrix],
+    walker: Walker,
+    task: Task,
+    folder: Path,
+    progress: bool,
+) -> Decision:
+    """Search on a model in memory, which is dense again afterwards; `folder` holds what is known so far."""
+    with Bar(0, "searching", enabled=progress) as bar:
+        searching = Searching(search, chosen, walker, task, folder, bar.step)
+        bar.expect(searching.steps)
+        return Decision(*searching.run())
 
 
 def by_measure(

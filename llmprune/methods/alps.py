@@ -121,7 +121,7 @@ class ALPS(Method[Gram]):
     ) -> Iterator[Pruned]:
         """The same for some rows of each; a comparison group of several rows is ranked as a whole."""
         problem = Problem(stats, self.damping)
-        basis = Basis(problem)
+        basis = stats.remembered(f"basis {self.damping}", lambda: Basis(problem))
         for weight, share in zip(weights, shares, strict=True):
             keep = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
             apart = isinstance(pattern, NM) or pattern.within in (None, "row")
