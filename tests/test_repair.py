@@ -23,7 +23,7 @@ from llmprune.memory import of_repair
 from llmprune.model import blocks, matrices
 from llmprune.refine import settings
 from llmprune.refine.settings import Repair
-from llmprune.refine.tuned import Tuned
+from llmprune.refine.tuned import Tuned, repeatable
 from llmprune.report import LayerReport, Report
 from llmprune.run import PruneConfig, prune_with
 from llmprune.walk import Walker
@@ -241,6 +241,18 @@ def test_half_an_epoch_is_half_of_the_steps(monkeypatch: pytest.MonkeyPatch) -> 
     report, _ = pruned(llama(), repair=True, repair_settings=short)
     assert max(taken) == 6  # of 22 windows, two at a time
     assert [block.epochs for block in report.repair] == [1, 1, 1]
+
+
+def test_what_makes_a_gpu_repeatable_is_put_back() -> None:
+    """The switches are torch's own and need no GPU; what they do there is for one to show."""
+    assert not torch.are_deterministic_algorithms_enabled()
+    with repeatable(torch.device("cpu")):
+        assert not torch.are_deterministic_algorithms_enabled()
+    with repeatable(torch.device("cuda")):
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory
 
 
 def test_a_limit_of_time_ends_it() -> None:

@@ -24,7 +24,7 @@ from llmprune.errors import ConfigError, ModelError, NumericalError
 from llmprune.parallel import ALONE, Ranks
 from llmprune.prune_matrix import Done
 from llmprune.refine.settings import Repair
-from llmprune.refine.tuned import Tuned, learning, tuned
+from llmprune.refine.tuned import Tuned, learning, repeatable, tuned
 from llmprune.refine.windows import Windows
 from llmprune.report import RepairReport
 from llmprune.walk import HiddenStates, Walker
@@ -77,7 +77,8 @@ def repair_block(
     begun = time.monotonic()
     parts = tuned(walker.model, index, done, settings.tune, ranks)
     run = _Repairing(walker, index, parts, hidden, dense, settings, ranks, begun)
-    report = run.tune(tell)
+    with repeatable(walker.device):
+        report = run.tune(tell)
     for part in parts:
         part.back()
         ranks.hand_out(part.parameter.data, 0)

@@ -7,9 +7,11 @@ in the rounding of bfloat16. A weight that was pruned is zero before, and has no
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -131,6 +133,29 @@ def _keeps(done: Sequence[Done], ranks: Ranks) -> dict[int, Tensor]:
             ranks.add_up([votes])
             mask.copy_(votes > 0)
     return found
+
+
+@contextmanager
+def repeatable(device: torch.device) -> Iterator[None]:
+    """While open, a GPU gives the same bits in every run, as far as torch knows how; a CPU does anyway."""
+    if device.type != "cuda":
+        yield
+        return
+    flag = torch.are_deterministic_algorithms_enabled()
+    warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    memory: Any = (
+        torch.utils.deterministic
+    )  # it fills memory that nothing here reads, which is slow
+    fill = memory.fill_uninitialized_memory
+    try:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        memory.fill_uninitialized_memory = False
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=UserWarning, message=".*deterministic.*")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(flag, warn_only=warned)
+        memory.fill_uninitialized_memory = fill
 
 
 @contextmanager
