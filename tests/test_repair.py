@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import math
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from families import tiny
@@ -448,3 +451,21 @@ def test_the_memory_that_is_planned_for_is_enough(family: str) -> None:
         held = [one.gradient, one.mean, one.square, one.best, one.keep, parameter.grad]
         states += sum(t.nbytes for t in held if t is not None)
     assert sum(kept.values()) + states <= of_repair(block, IDS.numel())
+
+
+def test_the_benchmark_of_its_settings(
+    root: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It runs, and takes up what it has measured."""
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    bench = importlib.import_module("repair")
+    np.save(tmp_path / "ids.npy", IDS.numpy())
+    out = tmp_path / "repair.json"
+    argv = ["repair.py", "--model", model, "--windows", tmp_path / "ids.npy", "--out", out]
+    monkeypatch.setattr(sys, "argv", list(map(str, argv)))
+    for cases in (({"rate": 0.02},), ({"rate": 0.02}, {"epochs": 1})):
+        monkeypatch.setattr(bench, "CASES", cases)
+        bench.main()
+        rows = json.loads(out.read_text())["rows"]
+        assert [row["settings"] for row in rows] == list(cases)
+    assert all(row["held out"] < row["held out before"] for row in rows)
