@@ -23,7 +23,8 @@ from typing import Any
 
 FORMAT = 1
 FAIR = 0.98  # of the dense product's speed: below is slower than dense, above is what a measurement is off by
-MOST = 64  # tokens up to which a layer may not be slower than dense
+MOST = 64  # tokens up to which a layer may not be slower than dense, unless the user says otherwise
+SETTING = "LLMPRUNE_TOKENS"  # environment variable: how many instead
 SHIPPED = Path(__file__).with_name("measured")
 
 
@@ -93,8 +94,8 @@ class Table:
         return known[counts[i]] if i < len(counts) else None
 
     def slow(self, matrix: Matrix) -> Timing | None:
-        """The worst of what is slower than dense, of up to `MOST` tokens; None if nothing is."""
-        few = [t for t in self.timings.get(matrix, {}).values() if t.tokens <= MOST]
+        """The worst of what is slower than dense, of up to `most` tokens; None if nothing is."""
+        few = [t for t in self.timings.get(matrix, {}).values() if t.tokens <= most()]
         worst = min(few, key=lambda t: t.gain, default=None)
         return worst if worst is not None and worst.gain < FAIR else None
 
@@ -119,6 +120,18 @@ def _lines(matrix: Matrix, timings: Iterable[Timing], slow: Timing | None) -> It
         kernel = "-" if t.kernel_us is None else f"{t.kernel_us:.1f}"
         launch = "" if t.kernel_us is None else f"  {t.warps or 'default'}, {t.split or 'default'}"
         yield f"{t.tokens:>8} {kernel:>9} {t.expand_us:>9.1f} {t.dense_us:>9.1f} {t.gain:>6.2f}{launch}"
+
+
+def most() -> int:
+    """Tokens up to which a layer may not be slower than dense: `MOST`, or what LLMPRUNE_TOKENS says.
+
+    Raises:
+        ValueError: when that says no number from 1 on.
+    """
+    said = os.environ.get(SETTING) or str(MOST)
+    if not re.fullmatch("[1-9][0-9]{0,8}", said):
+        raise ValueError(f"{SETTING} is {said!r}; give a number of tokens, such as {MOST}")
+    return int(said)
 
 
 def cache_folder() -> Path:

@@ -39,6 +39,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     monkeypatch.setenv("LLMPRUNE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(table, "SHIPPED", tmp_path / "shipped")
     monkeypatch.delenv(measure.SETTING)
+    monkeypatch.delenv(table.SETTING, raising=False)
     monkeypatch.setattr(measure, "FAILED", {})
     monkeypatch.setattr(measure, "LEFT_OUT", {})
     words._matrix.cache_clear()
@@ -84,6 +85,19 @@ def test_slower_than_dense_anywhere_is_slow(timings: list[Timing], worst: int | 
     known.add(MATRIX, timings)
     slow = known.slow(MATRIX)
     assert (slow and slow.tokens) == worst
+
+
+def test_the_user_says_up_to_how_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = Table()
+    known.add(MATRIX, [timing(1, 5), timing(8, 9), timing(16, 20), timing(100, 30)])
+    for said, worst in [("8", None), ("15", None), ("16", 16), ("", 16), ("100", 100)]:
+        monkeypatch.setenv(table.SETTING, said)
+        slow = known.slow(MATRIX)
+        assert (slow and slow.tokens) == worst
+    for said in ("0", "-1", "many", "1.5"):
+        monkeypatch.setenv(table.SETTING, said)
+        with pytest.raises(ValueError, match=f"LLMPRUNE_TOKENS is '{said}'"):
+            known.slow(MATRIX)
 
 
 def test_it_is_printed_with_its_losses() -> None:
