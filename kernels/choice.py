@@ -161,11 +161,15 @@ def explain(layer: Sparse, tokens: int) -> Explanation:
         raise ValueError(f"tokens are {tokens}; give zero or more")
     case = layer.case(tokens)
     held: str | None = getattr(layer, "kernel", None)
-    refusals = {kernel: refusal(kernel, case) for kernel in offered(case)}
-    kernel = find(held) if held else next(k for k, why in refusals.items() if why is None)
+    kernel = None if held is None else find(held)
     refused = dict[str, str]()
-    for other, why in refusals.items():
+    for other in offered(case):  # no further than need be: to ask a kernel may be to try it
         if other is kernel:
             break
+        why = refusal(other, case)
+        if kernel is None and why is None:
+            kernel = other
+            break
         refused[other.name] = why or "the layer was laid out before that was known or asked for"
+    assert kernel is not None, "expand takes everything"
     return Explanation(kernel.name, kernel.about, kernel.route(case), case, refused)

@@ -28,19 +28,25 @@ class CuSparseLt:
     about = "cuSPARSELt for many tokens, beside a kernel for few: 18 bits per weight"
 
     def unfit(self, case: Case) -> str | None:
-        """Why it cannot be used at all, or None."""
-        few = _few(case.device)
-        if few is None:
-            return S24_MMA.unfit(case)
-        if (why := few.unfit(case)) is not None:
+        """Why it cannot be used at all, or None; may try it on the device."""
+        if (why := self._static(case)) is not None:
+            return why
+        device = gpu.whole(case.device)
+        if _few(device) is None:
+            return f"has no kernel for few tokens: s24_mma {S24_MMA.unavailable(device)}"
+        return unavailable(device)
+
+    def refuses(self, case: Case) -> str | None:
+        """See `Kernel.refuses`; tries nothing."""
+        return self._static(case) or 'only when asked for: llmprune.kernels.prefer("cusparselt")'
+
+    def _static(self, case: Case) -> str | None:
+        """Why it cannot be used whatever the GPU, or None."""
+        if (why := S24_MMA.static(case)) is not None:
             return why
         if any(side % EVEN for side in case.sides):
             return f"needs both sides in multiples of {EVEN}, these are {list(case.sides)}"
-        return unavailable(gpu.whole(case.device))
-
-    def refuses(self, case: Case) -> str | None:
-        """See `Kernel.refuses`."""
-        return self.unfit(case) or 'only when asked for: llmprune.kernels.prefer("cusparselt")'
+        return None
 
     def route(self, case: Case) -> str:
         """See `Kernel.route`."""

@@ -75,16 +75,18 @@ class Words(ABC):
         return gpu.launches(device)
 
     def unfit(self, case: Case) -> str | None:
-        """Why it cannot be used at all, or None."""
+        """Why it cannot be used at all, or None; may try it on the device."""
+        return self.static(case) or self.unavailable(gpu.whole(case.device))
+
+    def static(self, case: Case) -> str | None:
+        """Why it cannot be used whatever the GPU, or None."""
         if case.trains:
             return "the weights are trained"
         if case.device.type != "cuda":
             return "needs an NVIDIA GPU"
         if case.dtype not in HALVES:
             return f"needs bfloat16 or float16, not {str(case.dtype).removeprefix('torch.')}"
-        if (why := self._misfit(case)) is not None:
-            return why
-        return self.unavailable(gpu.whole(case.device))
+        return self._misfit(case)
 
     def _misfit(self, case: Case) -> str | None:
         """What is wrong with the pattern or the shape."""

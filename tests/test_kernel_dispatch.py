@@ -254,6 +254,33 @@ def test_what_is_asked_for_comes_first_where_it_fits(monkeypatch: pytest.MonkeyP
         choice.prefer("nm_gemv 2:4")
 
 
+def test_no_kernel_is_tried_that_does_not_come_into_question(
+    gpu_here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trial compiles for seconds."""
+    tried = list[str]()
+    monkeypatch.setattr(held.S24, "unavailable", lambda self, device: tried.append("s24_mma"))
+    monkeypatch.setattr(
+        held.nm_gemv, "unavailable", lambda device, n, m: tried.append(f"nm_gemv {n}:{m}")
+    )
+    monkeypatch.setattr(cusparselt, "unavailable", lambda device: tried.append("cusparselt"))
+    for change in (
+        {"pattern": "unstructured"},
+        {"dtype": torch.float32},
+        {"trains": True},
+        {"device": torch.device("cpu")},
+        {"pattern": "16:32"},
+    ):
+        assert choice.choose(replace(CUDA, **change)).name == "expand"
+    assert tried == []
+    layer = type("L", (), {"case": lambda _, t: CUDA})()
+    assert choice.choose(CUDA).name == choice.explain(layer, 1).kernel == "s24_mma"
+    assert set(tried) == {"s24_mma"}
+    tried.clear()
+    choice.choose(replace(CUDA, pattern="4:8"))
+    assert set(tried) == {"nm_gemv 4:8"}
+
+
 def test_names_are_found() -> None:
     for name in ("s24_mma", "cusparselt", "dense", "expand", "nm_gemv 2:4", "nm_gemv 12:16"):
         assert choice.find(name).name == name
