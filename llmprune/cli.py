@@ -159,6 +159,8 @@ def _config(args: argparse.Namespace) -> PruneConfig:
         repair_settings=_settings(args.repair_set, "--repair-set"),
         allocation=args.allocation,
         allocation_settings=_allocation_settings(args),
+        transforms=args.transform,
+        transform_settings=_settings(args.transform_set, "--transform-set"),
     )
 
 

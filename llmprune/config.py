@@ -15,6 +15,7 @@ from llmprune.pattern import Pattern, Within, parse
 from llmprune.prune_matrix import Task
 from llmprune.refine import settings as repairs
 from llmprune.refine.settings import Repair
+from llmprune.transforms import Transform, build
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class PruneConfig:
         repair_settings: the fields of `llmprune.refine.settings.Repair`.
         allocation: how the sparsity is shared out over matrices: a file in `llmprune.allocation`.
         allocation_settings: the allocation's own fields.
+        transforms: names of files in `llmprune.transforms`, what is done to the dense model first.
+        transform_settings: their own fields; each goes to those that have it.
     """
 
     sparsity: float | str | Pattern = 0.5
@@ -62,11 +65,14 @@ class PruneConfig:
     repair_settings: Mapping[str, Any] = field(default_factory=dict)
     allocation: str = "uniform"
     allocation_settings: Mapping[str, Any] = field(default_factory=dict)
+    transforms: Sequence[str] = ()
+    transform_settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         method, pattern = self.built()
         self.repairing()
         self.allocated().check(method, pattern)
+        self.transformations()
         if self.ragged not in ("error", "dense"):
             raise ConfigError(f"ragged is error or dense, got {self.ragged!r}")
         if self.sums not in ("float32", "float64"):
@@ -107,10 +113,18 @@ class PruneConfig:
         """
         return allocations.build(self.allocation, self.allocation_settings)
 
+    def transformations(self) -> tuple[Transform, ...]:
+        """The transforms these settings stand for.
+
+        Raises:
+            ConfigError: when a name or value makes no sense.
+        """
+        return build(self.transforms, self.transform_settings)
+
     @property
     def needs_data(self) -> bool:
-        """Whether calibration windows are read: to prune, or for the allocation before."""
-        return self.task().needs_data or self.allocated().needs_data
+        """Whether calibration windows are read: to prune, or for what is decided before."""
+        return self.task().needs_data or self.allocated().needs_data or bool(self.transforms)
 
     def task(self) -> Task:
         """What these settings do to every matrix."""
@@ -137,4 +151,6 @@ class PruneConfig:
             "repair_settings": repair.as_dict() if repair else {},
             "allocation": self.allocation,
             "allocation_settings": self.allocated().settings(),
+            "transforms": list(self.transforms),
+            "transform_settings": {t.name: t.settings() for t in self.transformations()},
         }

@@ -22,6 +22,7 @@ from llmprune.progress import timed
 from llmprune.prune_matrix import check_fit
 from llmprune.report import PerplexityReport, Report
 from llmprune.run import prune_with
+from llmprune.transforms.apply import with_untied
 
 
 def run_in_memory(job: Job, source: Source, tokenizer: Any, text: Text | None) -> Report:
@@ -40,7 +41,9 @@ def run_in_memory(job: Job, source: Source, tokenizer: Any, text: Text | None) -
     if text is not None:
         measured["dense"] = text.measure(model, job.prune.batch_size, shown)
         say(f"perplexity before: {measured['dense'].perplexity:.3f}")
-    report = prune_with(job.prune, model, tokenizer, progress=shown, say=say)
+    report = prune_with(job.prune, model, tokenizer, progress=shown, stored=opened.stored, say=say)
+    if job.prune.transforms:
+        opened = replace(opened, stored=with_untied(model, opened.stored))
     round_to_stored(opened)
     if text is not None:
         measured["pruned"] = text.measure(model, job.prune.batch_size, shown)
@@ -118,6 +121,9 @@ def _bytes(job: Job, opened: Opened, chosen: Sequence[Matrix]) -> int:
     """What the checkpoint needs of the disk, and a little for the tokenizer and the rest."""
     unique = {id(p): (name, p) for name, p in opened.model.named_parameters()}
     total = 2**24
+    if job.prune.transforms:  # the output head may get weights of its own
+        table = opened.model.get_input_embeddings().weight
+        total += int(table.numel() * table.element_size())
     for name, parameter in unique.values():
         total += parameter.numel() * opened.stored[name].itemsize
     if job.format == "sparse":  # packed from the dense files, which lie beside it until then

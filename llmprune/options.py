@@ -81,6 +81,7 @@ def prune_parser() -> argparse.ArgumentParser:
     _model_options(parser)
     _pruning_options(parser)
     _allocation_options(parser)
+    _transform_options(parser)
     _calibration_options(parser)
     _result_options(parser)
     _output_options(parser)
@@ -154,6 +155,18 @@ def _allocation_options(parser: argparse.ArgumentParser) -> None:
         "--budget-minutes",
         metavar="MINUTES",
         help="how long --allocation search may search, short for --allocation-set minutes=MINUTES",
+    )
+
+
+def _transform_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("transforms")
+    group.add_argument(
+        "--transform", nargs="+", default=[], metavar="NAME",
+        help="change the dense model first so that it computes the same and prunes better: fold, rotate, "
+        "permute (none)",
+    )  # fmt: skip
+    group.add_argument(
+        "--transform-set", action="append", default=[], metavar="KEY=VALUE", help="of those"
     )
 
 

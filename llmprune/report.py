@@ -123,6 +123,8 @@ class Report:
         repair: one entry per block that was repaired.
         calibration: None when no data was needed.
         allocation: what decided how much of each matrix goes, with what it found; empty for uniform.
+        transforms: by name what was done to the dense model before: its parts `done`, those `refused` with
+            the reason, and `notes`. Where a part was done, weights do not compare with those of the original.
         perplexity: by name, `dense` and `pruned`, when measured.
         seconds: wall clock by phase: `load`, `calibrate`, `prune`, ...
         versions: of python and the packages, the platform and the device.
@@ -135,6 +137,7 @@ class Report:
     repair: list[RepairReport] = field(default_factory=list)
     calibration: CalibrationReport | None = None
     allocation: dict[str, Any] = field(default_factory=dict)
+    transforms: dict[str, Any] = field(default_factory=dict)
     perplexity: dict[str, PerplexityReport] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -185,6 +188,7 @@ class Report:
             lines.append(
                 f"damping raised: {len(raised)} (most at {most.name}, to {most.notes['damping']:g})"
             )
+        lines += self._transformed()
         lines += self._repaired()
         for name, result in self.perplexity.items():
             lines.append(
@@ -192,6 +196,16 @@ class Report:
                 f"   ({result.dataset}, {result.windows} windows of {result.seqlen})"
             )
         return "\n".join(lines)
+
+    def _transformed(self) -> list[str]:
+        """What was done to the dense model before, and what was left out."""
+        lines = []
+        for name, what in self.transforms.items():
+            left = [f"{part} left out: {why}" for part, why in what["refused"].items()]
+            lines.append(
+                f"{name}: " + "; ".join([", ".join(what["done"]) or "nothing done", *left])
+            )
+        return lines
 
     def _repaired(self) -> list[str]:
         """What the repair of all blocks did, in a line."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from llmprune import calibration as calibrations
@@ -37,6 +38,7 @@ from llmprune.prune_matrix import Task, check_fit, prune_matrix
 from llmprune.refine.repair import check_repairable
 from llmprune.report import LayerReport, RepairReport, Report
 from llmprune.sweep import prune_blocks
+from llmprune.transforms.apply import in_memory
 from llmprune.walk import Walker
 from llmprune.whole import checked_walker
 
@@ -64,6 +66,8 @@ def prune(
     repair_settings: Mapping[str, Any] | None = None,
     allocation: str = "uniform",
     allocation_settings: Mapping[str, Any] | None = None,
+    transforms: Sequence[str] = (),
+    transform_settings: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Report:
     """Prune a causal language model of transformers, in place.
@@ -94,6 +98,9 @@ def prune(
         repair_settings: how; the fields of `llmprune.refine.settings.Repair`.
         allocation: name of an allocation, how the sparsity is shared out over matrices.
         allocation_settings: the allocation's own fields.
+        transforms: names of transforms, done to the dense model first: it computes the same with other
+            weights. An output head that is tied to the embedding may get weights of its own.
+        transform_settings: their own fields.
         progress: show a progress bar on stderr.
 
     Returns:
@@ -123,6 +130,8 @@ def prune(
         repair_settings=repair_settings or {},
         allocation=allocation,
         allocation_settings=allocation_settings or {},
+        transforms=transforms,
+        transform_settings=transform_settings or {},
     )
     return prune_with(config, model, tokenizer, progress=progress)
 
@@ -133,10 +142,14 @@ def prune_with(
     tokenizer: Any = None,
     *,
     progress: bool = True,
+    stored: Mapping[str, torch.dtype] | None = None,
     say: Callable[[str], None] = lambda line: None,
     on_mask: Callable[[Matrix, LayerReport, Tensor], None] = lambda matrix, report, keep: None,
 ) -> Report:
-    """`prune` with its settings in one object; `on_mask` sees every keep mask, bool [out, in]."""
+    """`prune` with its settings in one object; `on_mask` sees every keep mask, bool [out, in].
+
+    What transforms change is rounded to the dtype in `stored` that a parameter of this name is saved in.
+    """
     model = unwrapped(model)
     task = config.task()
     chosen = _chosen(config, model, task)
@@ -147,19 +160,24 @@ def prune_with(
     repaired: list[RepairReport] = []
     begun = time.perf_counter()
     with evaluating(model), random_state(model):
-        walker = _walker(model, data, config, say) if data else None
+        walker = _walker(model, data, config, say) if data is not None else None
+        with timed(seconds, "transforms"):
+            transformed = _transformed(walker, config, stored or {}, say, progress)
         with timed(seconds, "allocation"):
             decision = decide(config.allocated(), chosen, walker, task, progress)
         task = replace(task, levels=decision.levels)
-        through = walker if task.needs_data else None
-        for matrix, report, keep in _pruned(through, chosen, task, progress, repaired.append):
+        for matrix, report, keep in _pruned(walker, chosen, task, progress, repaired.append):
             layers[matrix.name] = report
             on_mask(matrix, report, keep)
-        seconds["prune"] = time.perf_counter() - begun - seconds["allocation"]
-    if data is None:
-        del seconds["calibration"]
-    if not decision.found:
-        del seconds["allocation"]
+        before = seconds["transforms"] + seconds["allocation"]
+        seconds["prune"] = time.perf_counter() - begun - before
+    for phase, used in (
+        ("calibration", data),
+        ("transforms", transformed),
+        ("allocation", decision.found),
+    ):
+        if not used:
+            del seconds[phase]
     result = Report(
         recipe=config.recipe(),
         model=describe(model),
@@ -168,6 +186,7 @@ def prune_with(
         repair=repaired,
         calibration=data.report() if data else None,
         allocation=decision.found,
+        transforms=transformed,
         seconds=seconds,
         versions=versions(next(model.parameters()).device),
     )
@@ -216,6 +235,19 @@ def _walker(
     return walker
 
 
+def _transformed(
+    walker: Walker | None,
+    config: PruneConfig,
+    stored: Mapping[str, torch.dtype],
+    say: Callable[[str], None],
+    progress: bool,
+) -> dict[str, Any]:
+    """Do the transforms of `config` to the dense model; what was done."""
+    if walker is None or not config.transforms:
+        return {}
+    return in_memory(walker, config.transformations(), config.task(), stored, say, progress)
+
+
 def _pruned(
     walker: Walker | None,
     chosen: Sequence[Matrix],
@@ -224,7 +256,7 @@ def _pruned(
     repaired: Callable[[RepairReport], None],
 ) -> Iterable[tuple[Matrix, LayerReport, Tensor]]:
     """Prune every chosen matrix, with calibration data or from the weights alone."""
-    if walker is None:
+    if walker is None or not task.needs_data:
         with Bar(len(chosen), "pruning", unit="matrix", enabled=progress) as bar:
             for index, matrix in enumerate(chosen):
                 bar.step(index, len(chosen), matrix.name)

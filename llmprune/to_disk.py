@@ -43,6 +43,7 @@ from llmprune.prune_matrix import Task, check_fit
 from llmprune.report import LayerReport, PerplexityReport, RepairReport, Report
 from llmprune.stopping import Stopping, on_sigterm
 from llmprune.stream import Streaming
+from llmprune.transformed import Dense, transformed
 from llmprune.workplace import Settings, Workplace, batch_size, open_workplace, repaired_at_once
 
 
@@ -88,6 +89,10 @@ def _to_target(
 ) -> Report:
     """Prune into the folder of unfinished work beside `target`, and put it in place at the end."""
     chosen, task = _chosen(job, shelf, settings)
+    dense = transformed(job, source, shelf, settings, target)
+    if dense.shelf is not shelf:
+        shelf = dense.shelf
+        chosen, task = _chosen(job, shelf, settings)
     data = job.prune.calibration if isinstance(job.prune.calibration, Calibration) else None
     data = data if job.prune.needs_data else None
     if data is not None:
@@ -108,7 +113,7 @@ def _to_target(
         with on_sigterm(job.ranks) as stopping:
             if job.prune.allocation == "search":
                 stopping.left = "the same command goes on with its search"
-            run = _Run(job, source, tokenizer, text, shelf, settings, work, stopping)
+            run = _Run(job, source, tokenizer, text, dense, settings, work, stopping)
             report = run.report(*run.prune(chosen, task, data), data)
             if job.ranks.leads:
                 run.finish(target, report)
@@ -121,15 +126,16 @@ def _to_target(
         ) from error
     finally:
         work.close()
+        dense.clear(unless=work.folder)
     return report
 
 
 def _chosen(job: Job, shelf: Shelf, settings: Settings) -> tuple[list[Matrix], Task]:
     """The matrices to prune, once it is known that they can be, and what to do to them."""
     task = job.prune.task()
-    for shared, source in shelf.tied.items():
-        if shared.startswith(f"{shelf.prefix}."):
-            raise NotByBlock(f"{shared} is {source} too, so blocks cannot be pruned one at a time")
+    for name, source in shelf.tied.items():
+        if name.startswith(f"{shelf.prefix}."):
+            raise NotByBlock(f"{name} is {source} too, so blocks cannot be pruned one at a time")
     chosen = matrices(shelf.model, job.prune.targets, job.prune.ignore)
     check_fit(chosen, task.pattern, job.prune.ragged)
     check_layout(shelf, chosen, task.repair)
@@ -163,7 +169,7 @@ class _Run:
     source: Source
     tokenizer: Any
     text: Text | None
-    shelf: Shelf
+    dense: Dense
     settings: Settings
     work: Workplace
     stopping: Stopping
@@ -176,21 +182,21 @@ class _Run:
         """Measure the dense model, then prune everything chosen into the output files."""
         job, say = self.job, self.job.voice.say
         if self.text is not None:
-            self._measure("dense", self.source, self.shelf)
+            self._measure("dense", self.source, self.dense.original)
             say(f"perplexity before: {self.measured['dense'].perplexity:.3f}")
         size = batch_size(job.prune, data, self.settings.device)
         given = list(data.batches(size)) if data is not None else []
         batches = self._own(given) if given else []
-        at = self.source, self.shelf, self.settings, self.work
+        at = self.dense.source, self.dense.shelf, self.settings, self.work
         task = allocated(job, *at, chosen, task, given, batches, self.seconds)
         with (
             timed(self.seconds, "prune"),
-            evaluating(self.shelf.model),
-            random_state(self.shelf.model),
+            evaluating(self.dense.shelf.model),
+            random_state(self.dense.shelf.model),
             Bar(0, "pruning", enabled=not job.voice.quiet) as bar,
         ):
             run = Streaming(
-                self.shelf,
+                self.dense.shelf,
                 chosen,
                 task,
                 self.work,
@@ -236,7 +242,7 @@ class _Run:
         self, layers: list[LayerReport], repaired: list[RepairReport], data: Calibration | None
     ) -> Report:
         """What was done, with the perplexity of the files that were written."""
-        job, shelf = self.job, self.shelf
+        job, shelf = self.job, self.dense.shelf
         folder = self.work.checkpoint
         dtypes: Counter[torch.dtype] = Counter()
         for place in self.work.shards.places.values():
@@ -278,7 +284,7 @@ class _Run:
             _, pattern = job.prune.built()
             self.work.journal.discard()
             raise ConfigError(f"{pattern} removes no weight of any matrix; raise the sparsity")
-        return found
+        return self.dense.told(found)
 
     def finish(self, target: Path, report: Report) -> None:
         """Add report and card, and put the checkpoint in place."""

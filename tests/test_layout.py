@@ -35,6 +35,7 @@ FLOORS = (
         "by_block",
         "in_memory",
         "to_disk",
+        "transformed",
     },
     {"job"},
     {"cli"},
@@ -63,6 +64,7 @@ LONG = {
     "llmprune/kernels/packed_numba.py": "numba's cache watches one file: what one loop compiles stays in it",
     "llmprune/eval/perplexity.py:perplexity": "half of it is the docstring of the protocol",
     "llmprune/eval/tasks.py:run_tasks": "half of it says what lm-eval does to the process",
+    "llmprune/run.py:prune_with": "the run itself, a line or two for each phase, and its report",
     "llmprune/run.py:prune": "the signature that users call, and a line on each argument",
 }
 
