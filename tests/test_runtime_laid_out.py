@@ -11,10 +11,12 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from laying import Scrambled, laid, layers, only
-from test_runtime_linear import KINDS, dense, oriented, same
+from test_runtime_linear import KINDS, oriented, same
+from test_runtime_linear import dense as in_training
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -31,6 +33,11 @@ from llmprune.runtime.linear import SparseLinear
 def _kernel() -> Iterator[None]:
     with only(Scrambled()):
         yield
+
+
+def dense(*args: Any, **options: Any) -> nn.Module:
+    """In eval mode, as a model is that has been loaded."""
+    return in_training(*args, **options).eval()
 
 
 def laid_out(kind: str = "linear", dtype: torch.dtype = torch.float32, **options: Any) -> Any:
@@ -67,6 +74,18 @@ def test_a_forward_lays_out_what_is_not_trained():
     assert held(sparse) is None
     sparse.weight_values.requires_grad_(False)
     sparse(x)
+    assert held(sparse) is not None
+
+
+def test_a_forward_of_training_lays_nothing_out():
+    sparse = SparseLinear.from_linear(in_training())
+    x = torch.randn(2, 24)
+    truth = sparse(x)
+    assert held(sparse) is None
+    with torch.no_grad():
+        assert torch.equal(sparse(x), truth)
+    assert held(sparse) is not None
+    assert torch.equal(sparse(x), truth)
     assert held(sparse) is not None
 
 
@@ -448,6 +467,67 @@ def test_threads_may_share_a_layer():
     for thread in runners:
         thread.join()
     assert not wrong
+
+
+def test_a_replica_of_data_parallel():
+    """What torch.nn.parallel.replicate does, without GPUs."""
+    layer, sparse = laid_out()
+    x = torch.randn(3, 24)
+    values, bitmap = sparse.weight_values, sparse.weight_bitmap
+    for part in (values, bitmap):
+        part.is_complex()  # as torch.nn.parallel.comm asks of what it copies then
+    with torch._C.DisableTorchFunctionSubclass():
+        copies = values.data.clone(), bitmap.data.clone()
+    for form in (bring_back, lay_out):
+        form(sparse)
+        replica = sparse._replicate_for_data_parallel()
+        replica.weight_values, replica.weight_bitmap = copies
+        replica.bias = sparse.bias.detach()
+        assert torch.equal(replica(x), sparse(x))
+        torch.testing.assert_close(replica(x), layer(x))
+
+
+def test_accelerate_brings_weights_for_one_forward():
+    layer, sparse = laid_out()
+    x = torch.randn(3, 24)
+    truth = sparse(x)
+    model = nn.Sequential(sparse)
+    accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    assert torch.equal(model(x), truth)
+    assert laid(model)
+    accelerate.hooks.remove_hook_from_submodules(model)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert sparse.weight_values.is_meta
+    assert torch.equal(model(x), truth)
+    assert held(sparse) is None
+    assert sparse.weight_values.is_meta
+    accelerate.hooks.remove_hook_from_submodules(model)
+    assert torch.equal(model(x), truth)
+    assert laid(model)
+    assert same(sparse.weight, layer.weight)
+
+
+def test_distributed_data_parallel(tmp_path):
+    """It broadcasts parameters and buffers when it is made, and buffers again before each forward."""
+    layer, sparse = laid_out()
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        assert sparse.bias.requires_grad
+        model = nn.parallel.DistributedDataParallel(sparse).train()
+        x = torch.randn(3, 24)
+        for _ in range(2):
+            model(x).sum().backward()
+            assert held(sparse) is None
+        for _ in range(2):
+            with torch.no_grad():
+                torch.testing.assert_close(model(x), layer(x))
+            assert held(sparse) is not None
+            torch.testing.assert_close(model(x), layer(x))
+        assert sparse.bias.grad.tolist() == [6.0] * 12
+        assert same(sparse.weight, layer.weight)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_prepare_goes_through_a_model_and_changes_to_what_is_chosen_now():

@@ -47,7 +47,7 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
 
 
 def dtype_of(place: str) -> torch.dtype:
-    return torch.bfloat16 if place == "cuda" else torch.float32
+    return torch.float32 if place == "cpu" else torch.bfloat16
 
 
 def pruned(family: str, blocks: int) -> Any:
@@ -353,6 +353,18 @@ def test_two_devices_in_one_process(monkeypatch, tmp_path):
         assert laid(loaded)
         with torch.no_grad():
             assert_near(loaded(IDS.to("cuda:0")).logits.to("cuda:0"), truth)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_data_parallel(monkeypatch):
+    monkeypatch.setenv("LLMPRUNE_KERNEL", "nm_gemv")
+    dense, sparse = linear("cuda:0")
+    x = torch.randn(8, 160, device="cuda:0").bfloat16()
+    with torch.no_grad():
+        for _ in range(2):
+            assert_near(nn.DataParallel(sparse, [0, 1])(x), dense(x))
+    assert_near(sparse(x), dense(x))
 
 
 @pytest.mark.parametrize("loaded", ["llmprune.load", "from_pretrained", "from_pretrained, moved"])

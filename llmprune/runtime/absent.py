@@ -133,14 +133,16 @@ class AbsentBitmap(Absent, Tensor):
 
 
 # What is answered without values, by name of the property or function: it follows from dtype, shape, device.
+# Not `is_complex` and `_version`: these are all that DataParallel and DistributedDataParallel ask in Python
+# before they read the memory.
 _PROPERTIES = {
     *("shape", "dtype", "device", "layout", "ndim", "nbytes", "itemsize"),
     *("is_meta", "is_cpu", "is_cuda", "is_sparse", "is_quantized", "is_nested"),
-    *("requires_grad", "is_leaf", "grad", "grad_fn", "retains_grad", "_version", "_backward_hooks"),
+    *("requires_grad", "is_leaf", "grad", "grad_fn", "retains_grad", "_backward_hooks"),
 }
 _FUNCTIONS = {
     *("size", "dim", "ndimension", "numel", "nelement", "element_size", "get_device"),
-    *("is_floating_point", "is_complex", "is_signed", "is_inference", "__hash__", "__len__"),
+    *("is_floating_point", "is_signed", "is_inference", "__hash__", "__len__"),
 }
 
 

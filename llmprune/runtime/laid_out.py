@@ -8,7 +8,7 @@ the same object, and its values the same bits. Only what every tensor is asked f
 answered without that.
 
 So there is nothing that has to know of layouts: optimizers, PEFT, accelerate and `state_dict` find the stored
-form because they ask for it. The next forward lays it out again.
+form because they ask for it. The next forward lays it out again, unless it is one of training.
 
 While torch.compile traces or a CUDA graph is recorded, a forward takes the form that is at hand.
 """
@@ -43,12 +43,17 @@ def held(layer: SparseLinear) -> LaidOut | None:
     laid = layer._laid
     if laid is None:
         return None
-    values, bitmap = layer._parameters["weight_values"], layer._buffers["weight_bitmap"]
+    values, bitmap = _parts(layer)
     ours = isinstance(values, AbsentValues) and isinstance(bitmap, AbsentBitmap)
     if laid.layout is not None and ours:
         return laid
     bring_back(layer)  # somebody has put another tensor in the place of one of them
     return None
+
+
+def _parts(layer: SparseLinear) -> tuple[Tensor | None, Tensor | None]:
+    """The parameter and the buffer; a replica of nn.DataParallel has neither, but plain attributes."""
+    return layer._parameters.get("weight_values"), layer._buffers.get("weight_bitmap")
 
 
 def bring_back(layer: SparseLinear) -> None:
@@ -115,7 +120,7 @@ def _made(layer: SparseLinear) -> LaidOut | None:
 
 def _may_be_laid_out(layer: SparseLinear) -> bool:
     """Whether the stored form of a layer may give place to another just now."""
-    values, bitmap = layer._parameters["weight_values"], layer._buffers["weight_bitmap"]
+    values, bitmap = _parts(layer)
     if type(values) is not nn.Parameter or type(bitmap) is not Tensor:
         return False  # of a library that has put something of its own there
     if values.requires_grad or values.is_meta or bitmap.is_meta:
@@ -129,10 +134,10 @@ def _may_be_laid_out(layer: SparseLinear) -> bool:
 def prepare(model: nn.Module) -> dict[str, int]:
     """Lay out every packed linear layer for the kernel that is chosen for it, one after the other.
 
-    A model that comes to a GPU is laid out there, and every forward lays out what is not, so this is needed
-    only where no forward runs in between: before torch.compile and before a CUDA graph is recorded, if
-    since then weights were changed, saved or copied; and after `llmprune.kernels.tune` or `prefer`, so that
-    layers change to what is chosen now.
+    A model that comes to a GPU is laid out there, and every forward but those of training lays out what is
+    not, so this is needed only where no forward runs in between: before torch.compile and before a CUDA graph
+    is recorded, if since then weights were changed, saved or copied; and after `llmprune.kernels.tune` or
+    `prefer`, so that layers change to what is chosen now.
 
     Args:
         model: any module.

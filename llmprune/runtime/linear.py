@@ -226,12 +226,19 @@ class SparseLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
-        compiling = torch.compiler.is_compiling()
-        laid = self._laid if compiling else laid_out.held(self) or laid_out.lay_out(self)
+        laid = self._laid if torch.compiler.is_compiling() else self._at_hand()
         if laid is not None and (layout := laid.layout) is not None:
             return sparse_linear(input, layout, self.bias, laid.kernel, laid.shape, laid.transposed)
         kernel = EXPAND.name
         return sparse_linear(input, self._stored(), self.bias, kernel, self.shape, self.transposed)
+
+    def _at_hand(self) -> LaidOut | None:
+        """The layout for an eager forward, if any."""
+        laid = laid_out.held(self)
+        # nothing is laid out in training: DistributedDataParallel would have it back for each forward
+        if laid is None and not (self.training and torch.is_grad_enabled()):
+            laid = laid_out.lay_out(self)
+        return laid
 
     def _stored(self) -> list[Tensor]:
         """Values and bitmap of a layer that holds no layout."""
