@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -118,6 +119,7 @@ def _text(args: argparse.Namespace, rows: list[dict[str, Any]]) -> str:
         "rows": list(args.rows),
         "tokens": args.width,
         "clock": "processor",
+        "load": [round(load, 1) for load in os.getloadavg()],  # a busy machine makes it run fast
         "versions": versions(torch.device("cpu")),
         "commit": _commit(),
         "command": "benchmarks/wide_layer.py",
