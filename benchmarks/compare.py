@@ -244,8 +244,12 @@ def _other_versions(python: str | None) -> dict[str, str]:
 
 
 def _commit() -> str:
+    """The commit of the code, and whether it was changed since; results being written do not count."""
     done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-    dirty = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True).stdout
+    code = ["--", ":/", ":(top,exclude)benchmarks/results"]
+    dirty = subprocess.run(
+        ["git", "status", "--porcelain", *code], capture_output=True, text=True
+    ).stdout
     return done.stdout.strip()[:12] + (" + changes" if dirty.strip() else "")
 
 

@@ -119,7 +119,9 @@ def _text(args: argparse.Namespace, rows: list[dict[str, Any]]) -> str:
         "rows": list(args.rows),
         "tokens": args.width,
         "clock": "processor",
-        "load": [round(load, 1) for load in os.getloadavg()],  # a busy machine makes it run fast
+        "load": [
+            round(load, 1) for load in os.getloadavg()
+        ],  # busy machines make that clock run fast
         "versions": versions(torch.device("cpu")),
         "commit": _commit(),
         "command": "benchmarks/wide_layer.py",
