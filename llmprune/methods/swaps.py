@@ -25,8 +25,8 @@ from torch import Tensor
 from llmprune.pattern import NM, Pattern
 
 WIDTH = 64
-"""Columns in a part. On rows of 1024 at 2:4, parts of 32 lost 0.6% more than these in 0.7 of their time,
-parts of 128 lost 0.6% less in 2.2 times of it (benchmarks/results/wide-layer.json)."""
+"""Columns in a part. On rows of 1024 at 2:4, parts of 32 lost 0.6% more than these in about two thirds of
+their time, parts of 128 lost 0.6% less in twice of it (benchmarks/results/wide-layer.json)."""
 LEAST = 1e-4  # a choice, not measured
 FLOOR = 1e-4  # damping at least, while swaps are chosen: what is swapped in must have something of its own
 CELLS = {
