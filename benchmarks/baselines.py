@@ -176,12 +176,18 @@ class Cslt:
         return {"alg_id": best, "split_k": split, "split_k_mode": mode}
 
 
-def contenders(dense: Tensor, names: tuple[str, ...]) -> Iterator[Contender]:
-    """The dense product and those of `names`, each on as many copies of its own weight as are cold."""
+def contenders(dense: Tensor, names: tuple[str, ...], lost: dict[str, str]) -> Iterator[Contender]:
+    """The dense product and those of `names`, each on as many copies of its own weight as are cold.
+
+    What cannot take the matrix goes into `lost`, with the reason.
+    """
     linear = nn.functional.linear
     yield Contender(DENSE, MANY, dense.nbytes, [partial(linear, weight=w) for w in copies(dense)])
     for name in names:
-        yield _other(dense, name)
+        try:
+            yield _other(dense, name)
+        except RuntimeError as error:
+            lost[f"{name}, {list(dense.shape)}"] = str(error).splitlines()[0]
 
 
 def _other(dense: Tensor, name: str) -> Contender:

@@ -49,10 +49,13 @@ REPEATS = 100
 PARTS = (
     "s24_mma bfloat16",
     "s24_mma float16",
+    "s24_mma gate and up bfloat16",
+    "s24_mma gate and up float16",
     "nm_gemv bfloat16",
     "nm_gemv float16",
-    "dispatch",
+    "dispatch bfloat16",
 )
+THROUGH_DISPATCH = (1, 8, 9, 64, 65, 512)  # tokens; one and more pieces, expanded
 SECONDS = 95  # for all parts
 
 Call = Callable[[Tensor, Tensor | None], Tensor]
@@ -91,7 +94,7 @@ def main() -> None:
     right = {kernel: _right(parts, kernel, device) for kernel in ("s24_mma", "nm_gemv", "dispatch")}
     write(args.out, {**circumstances(device, args.small), "right": right, "parts": parts})
     for name, part in parts.items():
-        print(f"{name:<18} {_told(part)}")
+        print(f"{name:<29} {_told(part)}")
     if not all(right.values()):
         raise SystemExit(f"not right: {', '.join(k for k, good in right.items() if not good)}")
 
@@ -112,6 +115,8 @@ def _in_processes(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     begun = time.monotonic()
 
     def one(name: str) -> dict[str, Any]:
+        if args.device == "cpu" and name.startswith("s24_mma"):  # known without a process
+            return vars(Found(refused=unavailable(torch.device("cpu"))))
         command = [sys.executable, __file__, "--device", args.device, "--part", name]
         command += ["--out", str(args.out), *(["--small"] if args.small else [])]
         most = SECONDS * (100 if args.small else 1)
@@ -150,21 +155,19 @@ def examine(name: str, device: torch.device, small: bool) -> Found:
     found, kernel = Found(), name.split()[0]
     if kernel == "s24_mma" and (why := unavailable(device)):
         return replace(found, refused=why)
-    dtypes = (torch.bfloat16, torch.float16) if kernel == "dispatch" else ()
-    for dtype in dtypes or (getattr(torch, name.split()[1]),):
-        for shape in ((5, 76),) if small else SHAPES:
-            for what, dense, call in _products(kernel, shape, dtype, device, small, found):
-                most = 8 if kernel == "nm_gemv" else TOKENS[-1]
-                several = (3,) if small else tuple(t for t in TOKENS if t <= most)
-                if kernel == "dispatch" and not small:
-                    several = (*several, 65, 512)
-                for tokens in several:
-                    _compare(found, f"{what} {tokens} tokens", call, dense, tokens, small)
+    dtype = getattr(torch, name.split()[-1])
+    for shape in ((5, 76),) if small else SHAPES:
+        for what, dense, call in _products(name, shape, dtype, device, small, found):
+            several: tuple[int, ...] = THROUGH_DISPATCH
+            if kernel != "dispatch":
+                several = TOKENS if kernel == "s24_mma" else tuple(t for t in TOKENS if t <= 8)
+            for tokens in (3,) if small else several:
+                _compare(found, f"{what} {tokens} tokens", call, dense, tokens, small)
     return replace(found, seconds=time.monotonic() - begun)
 
 
 def _products(
-    kernel: str,
+    name: str,
     shape: tuple[int, int],
     dtype: torch.dtype,
     device: torch.device,
@@ -173,7 +176,7 @@ def _products(
 ) -> Iterator[tuple[str, list[Tensor], Call]]:
     """What is multiplied, by which dense matrices (two: gate and up), and how."""
     told = f"{list(shape)} {str(dtype).removeprefix('torch.')}"
-    if kernel == "nm_gemv":
+    if name.startswith("nm_gemv"):
         for n, m in PATTERNS[:1] if small else PATTERNS:
             if shape[1] % m:
                 continue
@@ -183,13 +186,11 @@ def _products(
             yield f"{n}:{m} {told}", [dense], partial(_by, nm_gemv, gemv)
         return
     gate, up = (_matrix(shape, 2, 4, dtype, device, seed) for seed in (0, 1))
-    if kernel == "s24_mma":
-        for what, dense, s24 in (
-            ("", [gate], pack_s24(pack(gate))),
-            ("gate and up ", [gate, up], pack_gate_up(pack(gate), pack(up))),
-        ):
-            layout = replace(s24, words=_amid(s24.words))
-            yield what + told, dense, partial(_by, s24_mma, layout)
+    if name.startswith("s24_mma"):
+        both = "gate and up" in name
+        s24 = pack_gate_up(pack(gate), pack(up)) if both else pack_s24(pack(gate))
+        layout = replace(s24, words=_amid(s24.words))
+        yield told, [gate, up] if both else [gate], partial(_by, s24_mma, layout)
         return
     linear = torch.nn.Linear(shape[1], shape[0], bias=False, device="meta")
     linear.weight = torch.nn.Parameter(gate, requires_grad=False)

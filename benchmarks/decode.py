@@ -14,6 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+# Not cuDNN's: which masks it takes differs from version to version.
+BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def rotate(
@@ -78,6 +82,8 @@ class Decoder:
             1, 1, 1, len(self.positions), device=self.at.device, dtype=self.cache.dtype
         )
         mask = mask.masked_fill(self.positions > self.at, float("-inf"))
+        heads = self.model.config.num_attention_heads // self.kv_heads
+        mask = mask.repeat(len(self.token), self.kv_heads, heads, 1)
         logits = self._forward(self.token, self.at, mask)
         self.token.copy_(logits.argmax(-1, keepdim=True))
         self.at.add_(1)
@@ -85,6 +91,10 @@ class Decoder:
 
     def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
         """Logits of the last token; without a mask, of a prompt from position 0 on."""
+        with sdpa_kernel(BACKENDS):
+            return self._logits(ids, positions, mask)
+
+    def _logits(self, ids: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
         model = self.model.model
         cos, sin = self.cos[positions], self.sin[positions]
         hidden = functional.embedding(ids, model.embed_tokens.weight)
@@ -131,8 +141,7 @@ class Decoder:
             out = attend(q.transpose(1, 2), k, v, is_causal=True).transpose(1, 2)
         else:  # one token: the heads that share keys are as tokens that see the same
             q = q.view(batch, self.kv_heads, -1, self.features)
-            wide = mask.expand(batch, self.kv_heads, q.shape[2], -1)
-            out = attend(q, cache[0], cache[1], attn_mask=wide)
+            out = attend(q, cache[0], cache[1], attn_mask=mask)
         projected: Tensor = layers.o_proj(out.reshape(batch, tokens, -1))
         return projected
 

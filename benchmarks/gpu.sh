@@ -6,6 +6,7 @@
 #   bash benchmarks/gpu.sh DIR --pruning [...]         instead: pruning on CUDA. Tests marked gpu (with pytest),
 #       CUDA against CPU, one block against the papers' formulation, whole runs from disk to disk (4 GB of disk)
 # Needs no installation: PYTHON chooses the interpreter, COMMIT says which commit it is where git does not.
+# LLMPRUNE_TOKENS=16 says that layers may be slower than dense for more than 16 tokens (docs/kernels.md).
 # The status is 1 if something was wrong or broke off; what was measured until then is in DIR all the same.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -74,9 +75,9 @@ case " $* " in *" --small "*) model=(--layers 2 --rounds 2) ;; esac
 if ! part "right" 110 benchmarks/correct.py --out "$out/correct.json" "$@"; then
     [ ${#failed[@]} != 0 ] || failed+=("right: not known in time")
 fi
-part "few tokens" 205 benchmarks/few_tokens.py --out "$out/few_tokens.json" \
-    --correct "$out/correct.json" --seconds 150 "$@"
-part "end to end" 160 benchmarks/end_to_end.py --out "$out/end_to_end.json" \
+part "few tokens" 215 benchmarks/few_tokens.py --out "$out/few_tokens.json" \
+    --correct "$out/correct.json" --seconds 165 "$@"
+part "end to end" 160 benchmarks/end_to_end.py --out "$out/end_to_end.json" --tried "$out/few_tokens.json" \
     --seconds $((whole - SECONDS < 160 ? whole - SECONDS - 35 : 125)) "${model[@]}" "$@"
 set -- "$LLMPRUNE_CACHE"/kernels/*.json # what layers measured when they were first laid out
 if [ -f "$1" ]; then

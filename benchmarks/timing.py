@@ -88,8 +88,9 @@ def in_turn(runs: dict[str, Run], device: torch.device) -> dict[str, list[float]
 
 
 def quartiles(times: Sequence[float]) -> list[float]:
-    """Lower quartile, median and upper quartile."""
-    return statistics.quantiles(times, n=4, method="inclusive")
+    """Lower quartile, median and upper quartile; of a single one, itself."""
+    several = times if len(times) > 1 else [*times, *times]
+    return statistics.quantiles(several, n=4, method="inclusive")
 
 
 def clock(job: Call) -> float:
@@ -131,7 +132,7 @@ def _best(job: Call, device: torch.device) -> float:
 
 
 def circumstances(device: torch.device, small: bool) -> dict[str, Any]:
-    """What every figure depends on: versions, device, clocks, commit, command."""
+    """What every figure depends on: versions, device, clocks, settings, commit, command."""
     found = versions(device)
     for name in ("triton", "torchao"):
         try:
@@ -144,6 +145,7 @@ def circumstances(device: torch.device, small: bool) -> dict[str, Any]:
     return {
         "versions": found,
         "clocks": _clocks() if device.type == "cuda" else None,
+        "settings": {name: of for name, of in os.environ.items() if name.startswith("LLMPRUNE_")},
         "commit": commit(),
         "command": " ".join(sys.argv),
         "small": small,

@@ -51,7 +51,7 @@ def test_the_whole_script_is_rehearsed_without_datasets(root: Path, tmp_path: Pa
         for name in ("correct", "few_tokens", "end_to_end")
     )
     assert correct["right"] == {"s24_mma": True, "nm_gemv": True, "dispatch": True}
-    assert [part["cases"] for part in correct["parts"].values()] == [0, 0, 2, 2, 4]
+    assert [part["cases"] for part in correct["parts"].values()] == [0, 0, 0, 0, 2, 2, 2]
     found = [(row["shape"], row["tokens"], row["kernel"]) for row in few["rows"]]
     with_others = ("dense", "int8", "int4", "nm_gemv", "dispatch")
     assert found == [
@@ -137,6 +137,25 @@ def test_no_microseconds_for_a_wrong_product(off: float, bench: Any) -> None:
     assert left == [right, good]
     assert [line.split(":")[0] for line in state.wrong] == ["nm_gemv, here"]
     assert list(state.lost) == ["int8, here"]
+
+
+def test_a_baseline_that_breaks_off_is_left_out(bench: Any) -> None:
+    few_tokens, baselines = bench("few_tokens"), bench("baselines")
+
+    def broken(x: Tensor) -> Tensor:
+        raise RuntimeError("not for so many tokens\nand more")
+
+    state = few_tokens.Bench(torch.device("cpu"), 1.0, (), ("cusparselt",))
+    everyone = [contender(bench, "dense"), baselines.Contender("cusparselt", 64, 1, [broken])]
+    left = few_tokens._right(state, "here", everyone, torch.randn(2, 16).bfloat16(), WEIGHT)
+    assert left == everyone[:1]
+    assert state.lost == {"cusparselt, here": "not for so many tokens"}
+    lost: dict[str, str] = {}  # 16 inputs are less than a group of 128
+    assert [c.name for c in baselines.contenders(WEIGHT, ("int4", "int8"), lost)] == [
+        "dense",
+        "int8",
+    ]
+    assert list(lost) == ["int4, [8, 16]"]
 
 
 def test_more_tokens_than_a_kernel_takes_are_not_asked_of_it(bench: Any) -> None:
@@ -301,6 +320,25 @@ def test_decoding_is_that_of_the_model(bench: Any) -> None:
     assert int(decoder.at) == 18
 
 
+def test_what_was_not_measured_has_no_gain(bench: Any) -> None:
+    end_to_end = bench("end_to_end")
+    row = {
+        "contender": "sparse",
+        "batch": 1,
+        "tokens_per_s": [1.0, 2.0, 3.0],
+        "against_dense": None,
+    }
+    row |= {"weights_gb": 1.0, "peak_gb": None}
+    prefill = {"contender": "sparse", "tokens": 512, "ms": [1.0, 2.0, 3.0], "against_dense": 0.5}
+    result = {"decode": [row], "prefill": [prefill], "model": {"layers": 4, "of_layers": 32}}
+    result |= {"between_linear_layers": "eager", "lost": {"dense, batch 1": "out of memory"}}
+    told = end_to_end.table(result)
+    assert "2.0 tokens/s  dense was not measured" in told
+    assert "2.00 ms  0.50 x dense" in told
+    assert "4 of 32 layers" in told
+    assert "lost: dense, batch 1: out of memory" in told
+
+
 def test_what_is_slow_is_replayed_less_often(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     timing = bench("timing")
     took: dict[str, list[float]] = {"quick": [], "slow": []}
@@ -373,3 +411,24 @@ def test_a_sweep_goes_on_where_the_last_one_ended(
     sweep.main()
     assert other.read_text() == out.read_text()
     table.current.cache_clear()
+
+
+def test_the_counted_slots_are_those_of_the_gate(root: Path) -> None:
+    """benchmarks/results/slots.json is of every case that tests/test_kernel_codegen.py bounds."""
+    from test_kernel_codegen import BUDGET_H200, GEMV, S24
+
+    result = json.loads((root / "benchmarks" / "results" / "slots.json").read_text())
+    most = {("s24_mma", tokens, "2:4"): bound for tokens, bound in S24.items()}
+    most |= {("nm_gemv", tokens, f"{n}:{m}"): bound for (tokens, n, m), bound in GEMV.items()}
+    for arch in (80, 89, 90, 100):
+        rows = {
+            (row["kernel"], row["tokens"], row["pattern"]): row
+            for row in result["rows"]
+            if row["arch"] == arch
+        }
+        assert rows.keys() == most.keys()
+        for case, row in rows.items():
+            assert row["spilled_bytes"] <= 16
+            assert row["slots_per_weight"] <= most[case] * 1.1
+            assert row["slots_per_weight"] <= BUDGET_H200 or case[1:] == (8, "2:4")
+    assert " + changes" not in result["commit"]
