@@ -12,6 +12,7 @@ from llmprune.kernels.dense import Dense
 from llmprune.kernels.expand import Expand
 from llmprune.kernels.held import S24_MMA, gemv
 from llmprune.kernels.interface import Case, Kernel, Sparse
+from llmprune.kernels.table import counted
 from llmprune.kernels.words import Words
 
 SETTING = "LLMPRUNE_KERNEL"  # environment variable: as `prefer`
@@ -54,7 +55,7 @@ class Explanation:
         """A line on the kernel, one on these tokens, and one on each kernel that it is not."""
         case = self.case
         dtype = str(case.dtype).removeprefix("torch.")
-        tokens = "1 token" if case.tokens == 1 else f"{case.tokens} tokens"
+        tokens = counted(case.tokens)
         shape = " x ".join(map(str, case.shape))
         held = f"{self.kernel}: {self.about} ({shape} {case.pattern}, {case.device}, {dtype})"
         nots = (f"not {name}: {why}" for name, why in self.refused.items())

@@ -24,7 +24,7 @@ from torch.nn.functional import linear
 from llmprune.kernels import gpu
 from llmprune.kernels.packed import pack
 from llmprune.kernels.product import times
-from llmprune.kernels.table import Matrix, Timing, current, keep, tell
+from llmprune.kernels.table import Matrix, Timing, counted, current, keep, tell
 
 if TYPE_CHECKING:
     from llmprune.kernels.words import Words
@@ -205,7 +205,7 @@ def _checked(way: Way, expected: Tensor) -> Way:
     y, wide = _tried(way.runs[0]).float(), expected.float()
     allowed = wide.abs() * 4 * torch.finfo(expected.dtype).eps + 4e-3 * wide.abs().max()
     if y.shape != wide.shape or not bool(((y - wide).abs() <= allowed).all()):
-        raise Unusable(f"gives wrong results for {way.tokens} tokens ({way.name})")
+        raise Unusable(f"gives wrong results for {counted(way.tokens)} ({way.name})")
     return way
 
 

@@ -113,7 +113,7 @@ class Table:
 
 
 def _lines(matrix: Matrix, timings: Iterable[Timing], slow: Timing | None) -> Iterable[str]:
-    verdict = "used" if slow is None else f"dense instead: slower at {slow.tokens} tokens"
+    verdict = "used" if slow is None else f"dense instead: slower at {counted(slow.tokens)}"
     yield f"{matrix}: {verdict}"
     yield f"{'tokens':>8} {'kernel':>9} {'expand':>9} {'dense':>9} {'gain':>6}  warps, split"
     for t in timings:
@@ -235,6 +235,11 @@ def _is(value: Any, kind: str) -> bool:
         return False
     whole = kind.startswith("int")
     return 0 < value < math.inf and (isinstance(value, int) if whole else True)
+
+
+def counted(tokens: int) -> str:
+    """So many tokens, in words."""
+    return "1 token" if tokens == 1 else f"{tokens} tokens"
 
 
 def tell(line: str) -> None:

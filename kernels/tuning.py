@@ -13,7 +13,7 @@ from llmprune.kernels import gpu, measure
 from llmprune.kernels.choice import offered
 from llmprune.kernels.interface import Case
 from llmprune.kernels.measure import Bench, Timer
-from llmprune.kernels.table import Matrix, Table, Timing, current, keep
+from llmprune.kernels.table import Matrix, Table, Timing, counted, current, keep
 from llmprune.kernels.words import Words
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -83,7 +83,7 @@ def measured(
                         f"left out after {seconds:g} s: {matrix} from {count} tokens on"
                     )
                     break
-                bar.show(step, f"{matrix}, {count} tokens")
+                bar.show(step, f"{matrix}, {counted(count)}")
                 found.append(bench.time(count, bench.launches(), timer))
             return found
 

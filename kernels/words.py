@@ -116,7 +116,7 @@ class Words(ABC):
         slow = table.current().slow(matrix)
         if slow is None:
             return None
-        return f"measured slower than dense at {_tokens(slow.tokens)} ({slow.gain:.2f}x)"
+        return f"measured slower than dense at {table.counted(slow.tokens)} ({slow.gain:.2f}x)"
 
     @property
     def most(self) -> int:
@@ -169,7 +169,7 @@ class Words(ABC):
             return by
         if timing is None:
             return f"{by}; not measured{measure.left_out(matrix)}"
-        dense = f"dense {timing.dense_us:.1f} us at {_tokens(timing.tokens)}"
+        dense = f"dense {timing.dense_us:.1f} us at {table.counted(timing.tokens)}"
         return f"{by}; measured: {timing.best:.1f} us, {dense}"
 
     def prepare(self, packed: Packed) -> list[Tensor]:
@@ -243,7 +243,3 @@ def _matrix(
     name, capability = gpu.identity(device)
     pattern, of = f"{kernel.n}:{kernel.m}", str(dtype).removeprefix("torch.")
     return table.Matrix(name, capability, kernel.name, kernel.revision, pattern, *sides, of)
-
-
-def _tokens(tokens: int) -> str:
-    return "1 token" if tokens == 1 else f"{tokens} tokens"

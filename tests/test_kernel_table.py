@@ -374,7 +374,7 @@ def test_a_kernel_that_is_wrong_on_a_matrix_is_not_used_for_it(
     monkeypatch.setattr(held.Gemv, "product", lambda *a: plain(*a) * 1.1)
     assert choice.choose(on_cpu).name == "dense"
     assert not timer.asked
-    assert gemv(2, 4).slow(on_cpu) == "gives wrong results for 1 tokens (kernel)"
+    assert gemv(2, 4).slow(on_cpu) == "gives wrong results for 1 token (kernel)"
     assert "is not used: gives wrong results" in capfd.readouterr().err
     assert anew().timings == {}
 
@@ -438,6 +438,19 @@ def test_tune_tries_settings_and_keeps_the_best(
     assert anew().timings == found.timings
     assert "dense instead: slower at 33 tokens" in str(found)
     assert "not measured: 32 x 256 unstructured: s24_mma is old" in str(found)
+
+
+def test_a_bar_tells_of_progress_on_a_terminal_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for terminal in (False, True):
+        monkeypatch.setattr(tuning.sys.stderr, "isatty", lambda terminal=terminal: terminal)
+        bar = tuning._Bar(4)
+        bar.show(1, "a matrix, 8 tokens")
+        bar.done()
+        told = capsys.readouterr().err
+        assert ("[#####...............] 1/4 a matrix, 8 tokens" in told) == terminal
+        assert bool(told) == terminal
 
 
 @pytest.mark.parametrize(("looks", "tokens"), [(2, [1]), (3, [1, 2]), (4, [1, 2, 4])])
