@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 import llmprune
 from llmprune.errors import CheckpointError, ModelError
-from llmprune.kernels import explain, prepare
+from llmprune.kernels import choice, explain, prepare
 from llmprune.kernels.packed import Packed, pack
 from llmprune.runtime.absent import AbsentBitmap, AbsentValues
 from llmprune.runtime.laid_out import bring_back, held, lay_out
@@ -547,6 +547,27 @@ def test_prepare_goes_through_a_model_and_changes_to_what_is_chosen_now():
         assert prepare(model) == {"expand": 1, "other": 1}
         assert torch.equal(model(x), truth)
         assert [layer.kernel for layer in layers(model)] == [None, "other"]
+
+
+def test_a_choice_of_the_stored_form_holds_until_it_is_asked_for_again(monkeypatch):
+    class Refusing(Scrambled):
+        asked = 0
+
+        def refuses(self, case):
+            self.asked += 1
+            return "slow"
+
+    sparse = SparseLinear.from_linear(dense())
+    x = torch.randn(2, 24)
+    monkeypatch.setattr(choice, "KERNELS", [Refusing(), *choice.KERNELS[1:]])
+    refusing = choice.KERNELS[0]
+    for _ in range(3):
+        sparse(x)
+    assert refusing.asked == 1
+    sparse.half().float()
+    assert refusing.asked == 3
+    assert prepare(sparse) == {"expand": 1}
+    assert refusing.asked == 4
 
 
 def test_an_explanation_tells_of_the_layout():

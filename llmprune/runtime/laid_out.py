@@ -77,11 +77,15 @@ def lay_out(layer: SparseLinear) -> LaidOut | None:
     with SWITCHING:
         if (laid := held(layer)) is not None or not _may_be_laid_out(layer):
             return laid
-        with plainly(layer.weight_values.device):
+        place = layer.weight_values.dtype, layer.weight_values.device
+        if layer._expands == place:
+            return None  # as was chosen before: to choose takes longer than a forward has
+        with plainly(place[1]):
             if (laid := _made(layer)) is None:
+                layer._expands = place
                 return None
             # other streams may read it from now on, and nobody reads what it replaces
-            wait_for(layer.weight_values.device)
+            wait_for(place[1])
             bitmap = laid.stand_in(layer.weight_values, layer.weight_bitmap)
             layer._buffers["weight_bitmap"], layer._laid = bitmap, laid
             return laid
@@ -157,6 +161,7 @@ def prepare(model: nn.Module) -> dict[str, int]:
             laid = held(layer)
             if laid is not None and choose(layer.case(1)).name != laid.kernel:
                 bring_back(layer)
+            layer._expands = None
             laid = lay_out(layer)
             kernels[EXPAND.name if laid is None else laid.kernel] += 1
     return dict(kernels)

@@ -53,6 +53,7 @@ class SparseLinear(nn.Linear):
     weight_values: nn.Parameter
     weight_bitmap: Tensor
     _laid: LaidOut | None
+    _expands: tuple[torch.dtype, torch.device] | None  # where `expand` was chosen for it
 
     def __init__(
         self,
@@ -71,7 +72,7 @@ class SparseLinear(nn.Linear):
         nn.Module.__init__(self)  # nn.Linear's would reserve a dense weight
         self.in_features, self.out_features = in_features, out_features
         self.pattern, self.axis, self.transposed = pattern, axis, transposed
-        self._laid = None
+        self._laid = self._expands = None
         values = torch.zeros(kept, device=device, dtype=dtype)
         bitmap = torch.zeros(bitmap_shape(self.shape), device=device, dtype=torch.uint8)
         self.weight_values = nn.Parameter(values, requires_grad=False)
@@ -274,6 +275,7 @@ class SparseLinear(nn.Linear):
         """As any module; then the weights lie as a kernel of their new device reads them."""
         laid_out.bring_back(self)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._expands = None
         with suppress(CheckpointError):  # `to_empty` makes room for what is still to come
             laid_out.lay_out(self)  # and a forward would raise it
         return self
