@@ -24,10 +24,10 @@ import llmprune
 from llmprune.model import blocks
 
 CASES: tuple[dict[str, float], ...] = (
-    {"rate": 0.02},
-    {"rate": 0.04},
-    {"rate": 0.08},
-    {"rate": 0.16},
+    {"rate": 0.1},
+    {"rate": 0.2},
+    {"rate": 0.3},
+    {"rate": 0.6},
     {"tokens": 512},
     {"tokens": 4096},
     {"epochs": 1},

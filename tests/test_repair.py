@@ -9,6 +9,7 @@ import math
 import re
 import sys
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -90,7 +91,10 @@ def test_outputs_on_windows_that_it_never_saw_come_nearer(
 ) -> None:
     dense, plain, repaired = llama(), llama(), llama()
     pruned(plain, method=method, sparsity=sparsity)
-    report, masks = pruned(repaired, method=method, sparsity=sparsity, repair=True)
+    few = {"rate": 0.1}  # there are 352 tokens to learn from
+    report, masks = pruned(
+        repaired, method=method, sparsity=sparsity, repair=True, repair_settings=few
+    )
     before, after = errors(plain, dense), errors(repaired, dense)
     assert all(a < 0.95 * b for a, b in zip(after, before, strict=True)), (before, after)
     assert [block.block for block in report.repair] == [0, 1, 2]
@@ -107,7 +111,7 @@ def test_outputs_on_windows_that_it_never_saw_come_nearer(
 
 def test_it_is_adam_on_the_block_alone() -> None:
     """The last block, two epochs: torch's own Adam on a copy, run by hand on the two streams."""
-    how = Repair(epochs=2, tokens=70, held_out=0.125, rate=0.01, seed=3)
+    how = Repair(epochs=2, tokens=70, held_out=0.125, rate=0.05, seed=3)
     dense, plain, repaired = llama(), llama(), llama()
     only = {"targets": ["re:model.layers.2.*"], "method": "wanda"}
     _, masks = pruned(plain, **only)
@@ -116,6 +120,7 @@ def test_it_is_adam_on_the_block_alone() -> None:
 
     learnt = [n for n in range(24) if n not in (4, 12, 20)]
     held = [4, 12, 20]
+    lost = min(1 / 3, math.sqrt(fmean(layer.output_error or 0 for layer in report.layers)))
     first = float((outputs(plain, IDS)[2] - goal)[held].square().mean())
     copy_ = copy.deepcopy(plain)
     named = dict(copy_.model.layers[2].named_parameters())
@@ -146,7 +151,7 @@ def test_it_is_adam_on_the_block_alone() -> None:
             fall = (1 + torch.cos(torch.tensor(torch.pi * number / whole))) / 2
             number += 1
             for group in adam.param_groups:
-                group["lr"] = float(0.01 * fall * group["size"])
+                group["lr"] = float(0.05 * lost * fall * group["size"])
             for name, keep in keeps.items():
                 named[name].grad *= keep
             adam.step()
@@ -188,7 +193,7 @@ def test_half_precision_is_tuned_in_float32() -> None:
     dense, plain = llama(torch.bfloat16), llama(torch.bfloat16)
     small, usual = llama(torch.bfloat16), llama(torch.bfloat16)
     pruned(plain, method="sparsegpt")
-    pruned(small, method="sparsegpt", repair=True, repair_settings={"rate": 5e-4, "epochs": 8})
+    pruned(small, method="sparsegpt", repair=True, repair_settings={"rate": 2e-3, "epochs": 8})
     _, masks = pruned(usual, method="sparsegpt", repair=True)
     first, second = (dict(m.named_parameters()) for m in (plain, small))
     name = "model.layers.0.mlp.up_proj.weight"
@@ -266,7 +271,7 @@ def test_a_limit_of_time_ends_it() -> None:
 def test_where_held_out_windows_get_worse_the_block_stays_as_it_was_pruned() -> None:
     plain, model = llama(), llama()
     pruned(plain)
-    wild = {"rate": 1.0, "epochs": 5, "patience": 1}
+    wild = {"rate": 10.0, "epochs": 5, "patience": 1}
     report, _ = pruned(model, repair=True, repair_settings=wild)
     assert [block.best_epoch for block in report.repair] == [0, 0, 0]
     assert [block.epochs for block in report.repair] == [1, 1, 1]
@@ -354,8 +359,8 @@ def test_a_block_without_gradients_is_named() -> None:
         ("epochs", "nan", "setting epochs of repair is a number above 0, got nan"),
         ("epochs", "two", "setting epochs of repair takes a number, got 'two'"),
         ("tokens", -1, "setting tokens of repair is a number from 1 on, got -1"),
-        ("rate", 0, "setting rate of repair is a share of the weights above 0 and up to 1, got 0"),
-        ("rate", "nan", "setting rate of repair is a share of the weights above 0"),
+        ("rate", 0, "setting rate of repair is a number above 0 and up to 10, got 0"),
+        ("rate", "nan", "setting rate of repair is a number above 0 and up to 10, got nan"),
         ("held_out", 1, "setting held_out of repair is a share of the windows between 0 and 1"),
         ("seconds", -1, "setting seconds of repair is a number from 0 on, got -1"),
         ("seconds", "inf", "setting seconds of repair is a number from 0 on, got inf"),

@@ -43,6 +43,7 @@ def check_repairable(walker: Walker) -> None:
         )
 
 
+MOST = 1 / 3  # of the damage that steps are measured by: a choice, for pruning that leaves little
 RISE = 20  # steps over which the rate rises, at most a tenth of all: Adam knows no scale before; a choice
 
 
@@ -76,13 +77,21 @@ def repair_block(
     done = [replace(each, where=None, final=None) for each in done]
     begun = time.monotonic()
     parts = tuned(walker.model, index, done, settings.tune, ranks)
-    run = _Repairing(walker, index, parts, hidden, dense, settings, ranks, begun)
+    pace = settings.rate * ranks.tell(_damage(done))
+    run = _Repairing(walker, index, parts, hidden, dense, settings, pace, ranks, begun)
     with repeatable(walker.device):
         report = run.tune(tell)
     for part in parts:
         part.back()
         ranks.hand_out(part.parameter.data, 0)
     return list(done), report
+
+
+def _damage(done: Sequence[Done]) -> float:
+    """How far pruning has moved the outputs of matrices, in their own size: a root mean square."""
+    found = [each.report.output_error for each in done if each.report.skipped is None]
+    known = [error for error in found if error is not None]
+    return min(MOST, math.sqrt(sum(known) / max(1, len(known))))
 
 
 @dataclass(frozen=True)
@@ -109,6 +118,7 @@ class _Repairing:
     hidden: HiddenStates
     dense: HiddenStates
     settings: Repair
+    rate: float
     ranks: Ranks
     begun: float
 
@@ -184,7 +194,7 @@ class _Repairing:
         rise = min(1.0, number / max(1, min(RISE, self.whole // 10)))
         fall = (1 + math.cos(math.pi * gone)) / 2
         for part in self.parts:
-            part.step(self.settings.rate * rise * fall * (part.size or self.usual), number)
+            part.step(self.rate * rise * fall * (part.size or self.usual), number)
 
     def _add_gradients(self, chosen: Sequence[int], scale: float) -> None:
         """Add `scale` times the gradient of half the squared error on the own ones of these windows."""

@@ -19,23 +19,25 @@ class Repair:
 
     Attributes:
         epochs: how often all windows are gone through; 0.5 is half of them once.
-        rate: length of a step of Adam, as a share of the root mean square of what it changes; it rises
-            over the first steps and then falls to zero along a cosine.
+        rate: length of a step of Adam, in units of the root mean square of what it changes times the
+            root of `LayerReport.output_error`, mean over the block: where pruning did little damage,
+            long steps would do more. It rises over the first steps and falls to zero along a cosine.
         tokens: for a step: as many whole windows as they make, and at least one.
         seconds: time for one block after which its repair ends; 0 is any. What a limit lets
             through depends on the machine, and so does the result.
         held_out: share of the windows that is not learnt from, and by which the best epoch is chosen.
-        patience: epochs without a gain on them after which a block's repair ends; 0 is never.
+        patience: epochs without a gain on them after which a block's repair ends; 0 is never, for
+            long steps often make a block worse than it was, and the short ones at the end mend that.
         tune: `weights`, those that are left in the pruned matrices; `vectors`, and gains and biases.
         seed: of the order of the windows.
     """
 
     epochs: float = 4.0
-    rate: float = 0.08
+    rate: float = 0.3
     tokens: int = 1024
     seconds: float = 0.0
     held_out: float = 0.0625
-    patience: int = 2
+    patience: int = 0
     tune: str = "vectors"
     seed: int = 0
 
@@ -49,9 +51,9 @@ class Repair:
                 raise ConfigError(
                     f"setting {name} of repair is a number from 0 on, got {getattr(self, name):g}"
                 )
-        if not 0 < self.rate <= 1:
+        if not 0 < self.rate <= 10:
             raise ConfigError(
-                f"setting rate of repair is a share of the weights above 0 and up to 1, got {self.rate:g}"
+                f"setting rate of repair is a number above 0 and up to 10, got {self.rate:g}"
             )
         if not 0 < self.held_out < 1:
             raise ConfigError(
