@@ -23,6 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from llmprune.demo import MODEL_DIR
+
 ALLOCATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "uniform": ("uniform", {}),
     "owl": ("owl", {}),
@@ -40,7 +42,9 @@ ALLOCATIONS: dict[str, tuple[str, dict[str, Any]]] = {
 def main() -> None:
     """Measure what is missing and write it after each case."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--model", type=Path, required=True, help="local checkpoint, dense")
+    parser.add_argument(
+        "--model", type=Path, required=True, help="local checkpoint, dense; one run each"
+    )
     parser.add_argument("--windows", type=Path, required=True, help=".npy of ids [n, seqlen]")
     parser.add_argument("--train", type=Path, help=".npy of ids [tokens]; needed for seeds above 0")
     parser.add_argument("--test", type=Path, required=True, help=".npy of ids [tokens]")
@@ -57,12 +61,13 @@ def main() -> None:
     args = parser.parse_args()
     ALLOCATIONS.update({name: (kind, json.loads(text)) for name, kind, text in args.add})
     rows = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
+    model = "demo" if args.model.resolve() == MODEL_DIR.resolve() else args.model.name
     for seed in args.seeds:
         for pattern in args.patterns:
             for method in args.methods:
                 for allocation in args.allocations:
-                    key = {"method": method, "pattern": pattern, "allocation": allocation,
-                           "seed": seed, "test_windows": args.limit}  # fmt: skip
+                    key = {"model": model, "method": method, "pattern": pattern,
+                           "allocation": allocation, "seed": seed, "test_windows": args.limit}  # fmt: skip
                     if any(key.items() <= row.items() for row in rows):
                         continue
                     rows.append({**key, **_measured(key, args)})
@@ -107,6 +112,7 @@ def _measured(key: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
         counts[0] += math.prod(layer.shape) - layer.kept
         counts[1] += math.prod(layer.shape)
     return {
+        "calibration": list(ids.shape),
         "settings": report.recipe["allocation_settings"],
         "perplexity": round(found.perplexity, 4),
         "windows": found.windows,
@@ -122,12 +128,10 @@ def _measured(key: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _text(args: argparse.Namespace, rows: list[dict[str, Any]]) -> str:
-    """The file: what the figures depend on, the mean over seeds of each case, then a line for each row."""
+    """The file: what the figures depend on, the mean change of each case over seeds, then every row."""
     from llmprune.provenance import versions
 
     about = {
-        "model": args.model.name,
-        "calibration": list(np.load(args.windows).shape),
         "clock": args.clock,
         "versions": versions(torch.device("cpu")),
         "command": f"benchmarks/allocation.py --clock {args.clock}",
@@ -138,8 +142,8 @@ def _text(args: argparse.Namespace, rows: list[dict[str, Any]]) -> str:
 
 
 def gains(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each case, over the seeds it shares with uniform: ln of perplexity less uniform's, and its error."""
-    keys = ("method", "pattern", "test_windows")
+    """Of each case, over the seeds it shares with uniform: ln(perplexity / uniform's), a gain below zero."""
+    keys = ("model", "method", "pattern", "test_windows")
     plain = {(*(r[k] for k in keys), r["seed"]): r for r in rows if r["allocation"] == "uniform"}
     found: dict[tuple[Any, ...], list[tuple[float, float, float]]] = {}
     for row in rows:
@@ -155,7 +159,7 @@ def gains(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             **dict(zip((*keys, "allocation"), case, strict=True)),
             "seeds": len(some),
             "perplexity": round(statistics.fmean(p for _, p, _ in some), 3),
-            "ln_gain": round(statistics.fmean(g for g, _, _ in some), 5),
+            "ln_change": round(statistics.fmean(g for g, _, _ in some), 5),
             "standard_error": round(statistics.stdev(g for g, _, _ in some) / math.sqrt(len(some)), 5)
             if len(some) > 1
             else None,
