@@ -35,7 +35,7 @@ ALLOCATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "alphapruning tau=0.1": ("alphapruning", {"tau": 0.1}),
     "alphapruning 8": ("alphapruning", {"tau": 0.15, "levels": "3:8,4:8,5:8"}),
     "search": ("search", {}),
-    "search matrix": ("search", {"grain": "matrix"}),
+    "search block": ("search", {"grain": "block"}),
 }  # fmt: skip
 
 

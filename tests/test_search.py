@@ -133,7 +133,9 @@ class TestModel:
             "step": 0.1,
             "levels": "3:4,1:4" if isinstance(sparsity, NM) else "",
         }
-        work = searching(model, tmp_path, sparsity, generations=12, tokens="288", **settings)
+        work = searching(
+            model, tmp_path, sparsity, generations=12, tokens="288", grain="block", **settings
+        )
         levels, found = work.run()
         assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
         with torch.no_grad():
@@ -213,7 +215,7 @@ class TestWrong:
             ({"step": 0}, "step is a share"),
             ({"minutes": -1}, "minutes is a time"),
             ({"by": "wandas"}, "did you mean 'wanda'"),
-            ({"grain": "row"}, "block or matrix"),
+            ({"grain": "row"}, "matrix or block"),
         ],
     )
     def test_settings(self, settings: Any, words: str) -> None:
@@ -235,7 +237,7 @@ class TestWrong:
         walker = Walker(model, blocks(model)[1], list(IDS.split(2)))
         with pytest.raises(ConfigError, match="nothing to exchange"):
             Searching(
-                Search(),
+                Search(grain="block"),
                 matrices(model),
                 walker,
                 PruneConfig().task(),

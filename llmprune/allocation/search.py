@@ -30,7 +30,7 @@ class Search(Allocation):
     """By evolution over levels, nearest to the dense model's outputs.
 
     Attributes:
-        grain: what gets one level: `block` or `matrix`.
+        grain: what gets one level: `matrix` or `block`.
         step: distance of two levels of a share.
         reach: levels to either side of the share asked for.
         levels: of an n:m run, such as `2:4,3:4,dense`; empty for every n of the same m and dense.
@@ -42,7 +42,7 @@ class Search(Allocation):
         seed: of what is switched and which windows judge.
     """
 
-    grain: str = "block"
+    grain: str = "matrix"
     step: float = 0.05
     reach: int = 3
     levels: str = ""
@@ -86,8 +86,8 @@ class Search(Allocation):
 
     def check(self, method: Method[Any], pattern: Pattern) -> None:
         """Refuse a grain that there is not, levels that are none, and methods that keep no exact counts."""
-        if self.grain not in ("block", "matrix"):
-            raise ConfigError(f"grain of search is block or matrix, got {self.grain!r}")
+        if self.grain not in ("matrix", "block"):
+            raise ConfigError(f"grain of search is matrix or block, got {self.grain!r}")
         offered(self.levels, pattern)
         if self.by:
             methods.get(self.by)
