@@ -166,10 +166,11 @@ def apply(
     for one in todo:
         tokens = sum(ids.numel() for ids in walker.batches)
         change = one.begin(Setting(pattern, len(place.layers), tokens, walker.device))
-        looks = _see(place, walker, change, partial(_told, progress, one.name))
-        change.decide()
         if change.active:
-            place.make(change, looks)
+            looks = _see(place, walker, change, partial(_told, progress, one.name))
+            change.decide()
+            if change.active:
+                place.make(change, looks)
         found[one.name] = {
             "done": change.active, "refused": change.refused, "notes": change.notes(),
         }  # fmt: skip
