@@ -53,7 +53,7 @@ if [ "${1:-}" = --pruning ]; then
     shift
     whole=1000000
     if "$python" -c 'import pytest' 2>/dev/null; then
-        "$python" -m pytest -q -m gpu tests
+        "$python" -m pytest -q -o addopts= -m gpu tests # no plugins needed
         case $? in 0 | 5) ;; *) failed+=("pytest -m gpu") ;; esac # 5: every test was deselected
     else
         late+=("pytest -m gpu: pytest is not installed")
