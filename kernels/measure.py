@@ -24,7 +24,7 @@ from torch.nn.functional import linear
 from llmprune.kernels import gpu
 from llmprune.kernels.packed import pack
 from llmprune.kernels.product import times
-from llmprune.kernels.table import Matrix, Timing, counted, current, keep, tell
+from llmprune.kernels.table import FAIR, Matrix, Timing, counted, current, keep, most, tell
 
 if TYPE_CHECKING:
     from llmprune.kernels.words import Words
@@ -92,8 +92,14 @@ def first(kernel: Words, device: torch.device, sides: tuple[int, int], dtype: to
 def _first(
     kernel: Words, device: torch.device, sides: tuple[int, int], dtype: torch.dtype
 ) -> list[Timing]:
-    bench = Bench(kernel, device, sides, dtype)
-    return [bench.time(tokens, [(None, None)], quick_timer) for tokens in QUICK]
+    """By the kernel's own choice of warps and split; only what would be held dense is given the others."""
+    bench, found = Bench(kernel, device, sides, dtype), list[Timing]()
+    for tokens in QUICK:
+        timing = bench.time(tokens, [(None, None)], quick_timer)
+        if tokens <= most() and timing.gain < FAIR and timing.kernel_us is not None:
+            timing = bench.time(tokens, bench.launches(), quick_timer)
+        found.append(timing)
+    return found
 
 
 def attempt(matrix: Matrix, job: Callable[[], list[Timing]]) -> list[Timing] | None:

@@ -351,6 +351,20 @@ def test_the_first_layout_of_a_matrix_measures_it(
     assert capfd.readouterr().err == ""
 
 
+def test_a_first_layout_is_not_held_dense_for_a_bad_guess_of_warps(
+    on_cpu: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow_by_default = {None: 20.0, 4: 7.0}
+    micros = {"expand": 30.0, "dense": 10.0}
+    timer = MadeUp(lambda way: micros.get(way.name) or slow_by_default.get(way.warps, 25.0))
+    monkeypatch.setattr(measure, "quick_timer", timer)
+    monkeypatch.setattr(measure, "QUICK", (1, 128))
+    assert choice.choose(on_cpu).name == "nm_gemv 2:4"
+    timings = anew().timings[gemv(2, 4).matrix(CPU, (40, 512), torch.bfloat16)]
+    assert (timings[1].kernel_us, timings[1].warps) == (7.0, 4)
+    assert {way.warps for way in timer.asked if way.tokens == 128} == {None}
+
+
 @pytest.mark.parametrize("why", ["switched off", "a graph is recorded"])
 def test_nothing_is_measured_when_it_must_not_be(
     why: str, on_cpu: Case, monkeypatch: pytest.MonkeyPatch
