@@ -22,6 +22,11 @@ from llmprune.kernels.expand import values_gradient
 from llmprune.kernels.expanding import dense_of
 from llmprune.kernels.packed import Packed, select, unpack
 
+CASTING = frozenset(
+    kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind)
+)
+"""Kinds of devices that know autocast. Asked here, once: torch.compile of torch 2.11 cannot trace that."""
+
 
 def sparse_linear(
     x: Tensor,
@@ -47,7 +52,7 @@ def sparse_linear(
         RuntimeError: for inputs of another width, or another dtype than the weights', as F.linear does.
     """
     kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if kind in CASTING and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         if kernel != EXPAND.name and layout[0].dtype != dtype:  # words of a dtype cannot be cast
             dense = expanded_layout(layout, kernel, shape)

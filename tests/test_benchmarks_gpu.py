@@ -73,7 +73,7 @@ def test_the_whole_script_is_rehearsed_without_datasets(root: Path, tmp_path: Pa
     for one in (correct, few, whole):
         assert one["small"]
         assert one["commit"]
-        assert one["versions"]["torch"] == torch.__version__
+        assert torch.__version__.startswith(one["versions"]["torch"])  # without +cu130
 
 
 FAKE = """#!/bin/sh
@@ -286,7 +286,7 @@ def test_baselines_stand_for_their_weight(bench: Any) -> None:
         assert baselines.difference(made, torch.randn(3, 256).bfloat16(), dense) < 0.01
     found = baselines.refused(torch.device("cpu"))
     assert found["int8"] is found["int4"] is None
-    assert found["cusparselt"] == "this torch has no cuSPARSELt"
+    assert found["cusparselt"]  # no cuSPARSELt in this torch, or none on a CPU
 
 
 def test_two_of_four_are_the_largest(bench: Any) -> None:

@@ -155,8 +155,13 @@ def test_a_shape_that_the_config_does_not_have(folder: Path, tmp_path: Path) -> 
 
 PEAK = """
 import sys, torch, llmprune
+import transformers, llmprune.runtime.load
+transformers.PreTrainedModel
+def peak():
+    return int(*(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+before = peak()
 model = llmprune.load(sys.argv[1], progress=False)
-print(*(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+print(before, peak())
 """
 
 
@@ -193,7 +198,9 @@ def test_memory(kind: str, tmp_path: Path) -> None:
         [sys.executable, "-c", PEAK, str(tmp_path)], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) * 1024 <= sum(sizes) + max(sizes) + 2**29
+    before, peak = (int(kib) * 1024 for kib in done.stdout.split())
+    # of everything else, what a torch built for CUDA takes by being imported is not the loader's
+    assert peak <= sum(sizes) + max(sizes) + max(2**29, before + 2**27)
 
 
 def _packed(*shape: int, seed: int = 0) -> Packed:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from llmprune.errors import CheckpointError, ModelError
 from llmprune.kernels.choice import EXPAND, choose, turns
@@ -131,6 +132,8 @@ def _may_be_laid_out(layer: SparseLinear) -> bool:
         return False
     if values.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
+    if getattr(DistributedDataParallel, "_active_ddp_module", None) is not None:
+        return False  # it writes to all buffers before its next forward
     hook = getattr(layer, "_hf_hook", None)  # of accelerate: its weights come for one forward only
     return not any(getattr(h, "offload", False) for h in (hook, *getattr(hook, "hooks", ())))
 

@@ -236,7 +236,7 @@ class SparseLinear(nn.Linear):
     def _at_hand(self) -> LaidOut | None:
         """The layout for an eager forward, if any."""
         laid = laid_out.held(self)
-        # nothing is laid out in training: DistributedDataParallel would have it back for each forward
+        # nothing is laid out in training: optimizers and gradients would have it back for each step
         if laid is None and not (self.training and torch.is_grad_enabled()):
             laid = laid_out.lay_out(self)
         return laid
