@@ -24,8 +24,9 @@ import llmprune
 from llmprune.errors import CheckpointError, ModelError
 from llmprune.kernels import choice, explain, prepare
 from llmprune.kernels.packed import Packed, pack
+from llmprune.runtime import laid_out as rooms
 from llmprune.runtime.absent import AbsentBitmap, AbsentValues
-from llmprune.runtime.laid_out import bring_back, held, lay_out
+from llmprune.runtime.laid_out import bring_back, held, lay_out, tell_expanded
 from llmprune.runtime.linear import SparseLinear
 
 
@@ -579,3 +580,18 @@ def test_an_explanation_tells_of_the_layout():
     told = explain(sparse, 3)
     assert (told.kernel, told.route) == ("scrambled", "as ever")
     assert pack(dense().weight).values.shape == sparse.weight_values.shape
+
+
+def test_what_no_kernel_takes_is_told_on_a_gpu(monkeypatch, capfd):
+    model = nn.Sequential(laid_out()[1], laid_out()[1])
+    bring_back(model[0])
+    tell_expanded(model)
+    assert capfd.readouterr().err == ""  # on a CPU there is nothing to be had
+    monkeypatch.setattr(rooms, "_on_gpu", lambda tensor: True)
+    tell_expanded(model)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("llmprune: 1 of 2 packed parameters are expanded in each forward: ")
+    assert held(model[1]) is not None
+    prepare(model)
+    tell_expanded(model)
+    assert capfd.readouterr().err == ""

@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from llmprune.errors import CheckpointError, ModelError
 from llmprune.kernels.choice import EXPAND, choose, turns
 from llmprune.kernels.packed import Packed
+from llmprune.kernels.table import tell
 from llmprune.runtime.absent import (
     SWITCHING,
     AbsentBitmap,
@@ -168,6 +169,31 @@ def prepare(model: nn.Module) -> dict[str, int]:
             laid = lay_out(layer)
             kernels[EXPAND.name if laid is None else laid.kernel] += 1
     return dict(kernels)
+
+
+def tell_expanded(model: nn.Module) -> None:
+    """Say of a model on a GPU how many packed matrices no kernel takes: they make it slower."""
+    from llmprune.runtime.experts import PackedModule
+    from llmprune.runtime.linear import SparseLinear
+
+    held_by_none, all_of_them = 0, 0
+    for module in model.modules():
+        if isinstance(module, SparseLinear) and _on_gpu(module.weight_values):
+            all_of_them += 1
+            held_by_none += held(module) is None
+        elif isinstance(module, PackedModule):
+            on_gpu = sum(_on_gpu(module.packed(name).values) for name in module.rooms)
+            all_of_them, held_by_none = all_of_them + on_gpu, held_by_none + on_gpu
+    if held_by_none:
+        tell(
+            f"{held_by_none} of {all_of_them} packed parameters are expanded in each forward: that saves "
+            "memory and takes longer than dense; llmprune.kernels.explain(layer, 1) says why, "
+            "llmprune.load(..., sparse=False) or llmprune.densify(model) is faster"
+        )
+
+
+def _on_gpu(tensor: Tensor) -> bool:
+    return tensor.is_cuda
 
 
 def packed(layer: SparseLinear) -> Packed:

@@ -153,7 +153,7 @@ class SparseQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: PreTrainedModel, **_: Any
     ) -> PreTrainedModel:
         """Check what was loaded, and leave the model as any other."""
-        from llmprune.runtime.laid_out import prepare
+        from llmprune.runtime.laid_out import prepare, tell_expanded
 
         arrival, self._arrival = self._arrival, None
         assert arrival is not None
@@ -164,6 +164,7 @@ class SparseQuantizer(HfQuantizer):  # type: ignore[misc]
         self.conversions, model._weight_conversions = used, []
         model.is_quantized = False  # `half()` and `float()` refuse a model that says it is
         prepare(model)
+        tell_expanded(model)
         return model
 
     def get_state_dict_and_metadata(

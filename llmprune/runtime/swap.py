@@ -15,7 +15,7 @@ from llmprune.errors import ConfigError, ModelError
 from llmprune.kernels.packed import DTYPES, Packed, nonzero_bits, pack, packed_bytes
 from llmprune.model import Matrix, matrices
 from llmprune.runtime.experts import PackedModule, hold, release
-from llmprune.runtime.laid_out import prepare
+from llmprune.runtime.laid_out import prepare, tell_expanded
 from llmprune.runtime.linear import SparseLinear
 from llmprune.runtime.patterns import tightest
 
@@ -95,6 +95,7 @@ def sparsify(
         raise ModelError(f"nothing could be packed: {_summary(left)}; is this model pruned?")
     _mark(model, packed=True)
     prepare(model)
+    tell_expanded(model)
     return Swapped(patterns, left, *sizes)
 
 
