@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import (
     GPT2Config,
@@ -33,7 +32,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from llmprune.demo.train import schedule, window_loss
+from llmprune.demo.train import END, byte_level_bpe, schedule, window_loss
 from llmprune.eval.perplexity import perplexity
 from llmprune.provenance import versions
 
@@ -43,7 +42,6 @@ BATCH = 8  # windows
 RATE = 5e-3  # that of the demo model, for Muon with its update scaled to AdamW's
 TIMED = 20  # steps that are timed before the run is laid out; the first is left out
 COMPILED = 300  # steps from which on compiling pays: a minute once, against a fifth of each step
-END = "<|endoftext|>"
 
 
 def main() -> None:
@@ -90,16 +88,7 @@ def main() -> None:
 
 def new_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     """Byte-level BPE of `VOCABULARY` tokens on the lines of a text."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=[END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(path.read_text().splitlines(keepends=True), trainer)
+    tokenizer = byte_level_bpe(path.read_text().splitlines(keepends=True), VOCABULARY)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=END, eos_token=END, clean_up_tokenization_spaces=False
     )

@@ -544,7 +544,7 @@ def test_numbers_are_read_from_text() -> None:
 
 
 def test_a_registered_class_is_a_method(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base, "_METHODS", dict(base._METHODS))
+    monkeypatch.setattr(base._METHODS, "_classes", base._METHODS.known())
 
     @methods.register("backwards")
     @dataclass(frozen=True)

@@ -9,15 +9,16 @@ block, and what those numbers mean in shares. The total is made exact behind it,
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from llmprune.allocation.levels import offered
-from llmprune.errors import ConfigError, nearest
-from llmprune.methods.base import Method, typed
+from llmprune.errors import ConfigError
+from llmprune.methods.base import Method
+from llmprune.methods.registry import Registry, settled
 from llmprune.pattern import NM, Pattern
 
 
@@ -90,27 +91,8 @@ def room(pattern: Pattern, share: float) -> float:
     return 1 / pattern.m if isinstance(pattern, NM) else share
 
 
-_ALLOCATIONS: dict[str, type[Allocation]] = {}
-C = TypeVar("C", bound=type[Allocation])
-
-
-def register(name: str) -> Callable[[C], C]:
-    """Class decorator that makes an allocation known under `name`."""
-
-    def add(cls: C) -> C:
-        if name in _ALLOCATIONS:
-            first = _ALLOCATIONS[name].__qualname__
-            raise ValueError(f"two allocations are called {name!r}: {first}, {cls.__qualname__}")
-        cls.name = name
-        _ALLOCATIONS[name] = cls
-        return cls
-
-    return add
-
-
-def known() -> dict[str, type[Allocation]]:
-    """Every allocation by name, in alphabetical order."""
-    return dict(sorted(_ALLOCATIONS.items()))
+_ALLOCATIONS: Registry[Allocation] = Registry("allocation")
+register, known = _ALLOCATIONS.register, _ALLOCATIONS.known
 
 
 def offered_settings(name: str) -> dict[str, Any]:
@@ -119,9 +101,7 @@ def offered_settings(name: str) -> dict[str, Any]:
     Raises:
         ConfigError: when there is none, with the nearest name.
     """
-    if name not in _ALLOCATIONS:
-        raise ConfigError(f"no allocation {name!r}: {nearest(name, list(_ALLOCATIONS))}")
-    return {f.name: f.default for f in fields(_ALLOCATIONS[name])}
+    return {f.name: f.default for f in fields(_ALLOCATIONS.get(name))}
 
 
 def build(name: str, settings: Mapping[str, Any] | None = None) -> Allocation:
@@ -130,11 +110,5 @@ def build(name: str, settings: Mapping[str, Any] | None = None) -> Allocation:
     Raises:
         ConfigError: for a setting that it does not have, or a value of the wrong type.
     """
-    kinds = {key: type(default) for key, default in offered_settings(name).items()}
-    values: dict[str, Any] = {}
-    for key, value in (settings or {}).items():
-        if key not in kinds:
-            have = nearest(key, list(kinds)) if kinds else "it has none"
-            raise ConfigError(f"allocation {name} has no setting {key!r}: {have}")
-        values[key] = typed(f"allocation {name}", key, value, kinds[key])
-    return _ALLOCATIONS[name](**values)
+    values = settled(f"allocation {name}", offered_settings(name), settings)
+    return _ALLOCATIONS.get(name)(**values)

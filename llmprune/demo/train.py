@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -31,20 +31,25 @@ UNEVEN = 0.7  # standard deviation of the logarithm of a norm's first gains
 END = "<|endoftext|>"
 
 
-def train_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE of `VOCABULARY` tokens on four million characters of training text."""
+def byte_level_bpe(texts: Iterable[str], vocabulary: int) -> Tokenizer:
+    """Byte-level BPE of `vocabulary` tokens, `END` among them, learnt from texts."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         special_tokens=[END],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(islice(documents("train"), 2000), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def train_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE of `VOCABULARY` tokens on four million characters of training text."""
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        tokenizer_object=byte_level_bpe(islice(documents("train"), 2000), VOCABULARY),
         bos_token=END,
         eos_token=END,
         pad_token=END,

@@ -8,13 +8,13 @@ no command line.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Generic, TypeVar
 
 from torch import Tensor
 
-from llmprune.errors import ConfigError, nearest
+from llmprune.methods.registry import Registry, settled
 from llmprune.pattern import Pattern, Within
 from llmprune.stats import NoStats, Stats
 
@@ -150,38 +150,8 @@ class Scored(Method[S]):
         return Pruned(weight.where(keep, 0), keep)
 
 
-_METHODS: dict[str, type[Method[Any]]] = {}
-C = TypeVar("C", bound=type[Method[Any]])
-
-
-def register(name: str) -> Callable[[C], C]:
-    """Class decorator that makes a method known under `name`."""
-
-    def add(cls: C) -> C:
-        if name in _METHODS:
-            first = _METHODS[name].__qualname__
-            raise ValueError(f"two methods are called {name!r}: {first} and {cls.__qualname__}")
-        cls.name = name
-        _METHODS[name] = cls
-        return cls
-
-    return add
-
-
-def known() -> dict[str, type[Method[Any]]]:
-    """Every method by name, in alphabetical order."""
-    return dict(sorted(_METHODS.items()))
-
-
-def get(name: str) -> type[Method[Any]]:
-    """The method class called `name`.
-
-    Raises:
-        ConfigError: when there is none, with the nearest name.
-    """
-    if name not in _METHODS:
-        raise ConfigError(f"no method {name!r}: {nearest(name, list(_METHODS))}")
-    return _METHODS[name]
+_METHODS: Registry[Method[Any]] = Registry("method")
+register, known, get = _METHODS.register, _METHODS.known, _METHODS.get
 
 
 def offered(name: str) -> dict[str, Any]:
@@ -201,13 +171,7 @@ def build(name: str, settings: Mapping[str, Any] | None = None) -> Method[Any]:
     Raises:
         ConfigError: for a setting that the method does not have, or a value of the wrong type.
     """
-    kinds = {key: type(default) for key, default in offered(name).items()}
-    values: dict[str, Any] = {}
-    for key, value in (settings or {}).items():
-        if key not in kinds:
-            have = nearest(key, list(kinds)) if kinds else "it has none"
-            raise ConfigError(f"{name} has no setting {key!r}: {have}")
-        values[key] = typed(name, key, value, kinds[key])
+    values = settled(name, offered(name), settings)
     cls = get(name)
     if cls.refits:
         return cls(**values)
@@ -220,16 +184,3 @@ def _refit() -> Any:
     from llmprune.methods import refit
 
     return refit
-
-
-def typed(method: str, key: str, value: Any, kind: type[Any]) -> Any:
-    """`value` as `kind`, from text or from a value that already fits."""
-    booleans = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-    text = str(value).strip().lower()
-    try:
-        if kind is bool:
-            return booleans[text]
-        return kind(text) if kind in (int, float) else kind(value)
-    except (KeyError, ValueError):
-        want = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
-        raise ConfigError(f"setting {key} of {method} takes {want}, got {value!r}") from None

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from llmprune.errors import ConfigError, nearest
-from llmprune.methods.base import typed
+from llmprune.errors import ConfigError
+from llmprune.methods.registry import settled
 
 TUNES = ("weights", "vectors")
 
@@ -94,8 +94,4 @@ def build(settings: Mapping[str, Any]) -> Repair:
     Raises:
         ConfigError: for a setting that there is not, or a value that makes no sense.
     """
-    kinds = {f.name: type(f.default) for f in fields(Repair)}
-    for key in settings:
-        if key not in kinds:
-            raise ConfigError(f"repair has no setting {key!r}: {nearest(key, list(kinds))}")
-    return Repair(**{key: typed("repair", key, v, kinds[key]) for key, v in settings.items()})
+    return Repair(**settled("repair", Repair().as_dict(), settings))

@@ -9,15 +9,15 @@ parts; one that a model cannot take is left out, and why is in the report.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from llmprune.errors import ConfigError, nearest
-from llmprune.methods.base import typed
+from llmprune.methods.registry import Registry, settled
 from llmprune.pattern import Pattern
 from llmprune.transforms.sites import Block, Outside
 
@@ -138,26 +138,8 @@ class Transform(ABC):
         """What it does to one model."""
 
 
-_TRANSFORMS: dict[str, type[Transform]] = {}
-C = TypeVar("C", bound=type[Transform])
-
-
-def register(name: str) -> Callable[[C], C]:
-    """Class decorator that makes a transform known under `name`."""
-
-    def add(cls: C) -> C:
-        if name in _TRANSFORMS:
-            raise ValueError(f"two transforms are called {name!r}")
-        cls.name = name
-        _TRANSFORMS[name] = cls
-        return cls
-
-    return add
-
-
-def known() -> dict[str, type[Transform]]:
-    """Every transform by name, in alphabetical order."""
-    return dict(sorted(_TRANSFORMS.items()))
+_TRANSFORMS: Registry[Transform] = Registry("transform")
+register, known = _TRANSFORMS.register, _TRANSFORMS.known
 
 
 def build(names: Sequence[str], settings: Mapping[str, Any] | None = None) -> tuple[Transform, ...]:
@@ -169,11 +151,10 @@ def build(names: Sequence[str], settings: Mapping[str, Any] | None = None) -> tu
     if isinstance(names, str):
         raise ConfigError("transforms is a list of names, not one text")
     for name in names:
-        if name not in _TRANSFORMS:
-            raise ConfigError(f"no transform {name!r}: {nearest(name, list(_TRANSFORMS))}")
+        _TRANSFORMS.get(name)
         if list(names).count(name) > 1:
             raise ConfigError(f"transform {name!r} is named twice; once is enough")
-    built: list[Transform] = [_TRANSFORMS[name]() for name in names]
+    built: list[Transform] = [_TRANSFORMS.get(name)() for name in names]
     for key, value in (settings or {}).items():
         offered = {k for one in built for k in one.settings()}
         if key not in offered:
@@ -188,8 +169,8 @@ def build(names: Sequence[str], settings: Mapping[str, Any] | None = None) -> tu
 def _with(one: Transform, key: str, value: Any) -> Transform:
     if key not in one.settings():
         return one
-    kind = type(one.settings()[key])
-    changed: Transform = replace(one, **{key: typed(one.name, key, value, kind)})  # type: ignore[type-var]
+    values = settled(one.name, one.settings(), {key: value})
+    changed: Transform = replace(one, **values)  # type: ignore[type-var]
     return changed
 
 
