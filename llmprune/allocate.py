@@ -15,7 +15,8 @@ from torch import Tensor
 
 from llmprune.activations import Activations
 from llmprune.allocation.base import Measured
-from llmprune.allocation.decide import Decision, by_measure, by_search, steps
+from llmprune.allocation.decide import Decision, by_fisher, by_measure, by_search, steps
+from llmprune.allocation.fisher import ByFisher
 from llmprune.allocation.measuring import Blocks
 from llmprune.allocation.search import Search
 from llmprune.by_block import rooms
@@ -23,10 +24,9 @@ from llmprune.checkpoint.shelf import Shelf
 from llmprune.errors import ConfigError
 from llmprune.loading import Source
 from llmprune.lockstep import check_walk
-from llmprune.memory import Budget, fits, of_model, trim
+from llmprune.memory import fits, of_model, trim
 from llmprune.model import Matrix, blocks, matrices
 from llmprune.order import Job
-from llmprune.parallel import Ranks
 from llmprune.preserve import evaluating, random_state
 from llmprune.progress import Bar, timed
 from llmprune.prune_matrix import Task
@@ -59,7 +59,7 @@ def allocated(
         ConfigError: where no levels are found.
     """
     allocation, journal = job.prune.allocated(), work.journal
-    if not isinstance(allocation, Measured | Search):
+    if not isinstance(allocation, Measured | Search | ByFisher):
         return task
     if STEP in journal.steps:
         job.voice.say(f"levels are those that {allocation.name} has found earlier")
@@ -71,19 +71,10 @@ def allocated(
                 leads = job.ranks.leads
                 found = _searched(job, allocation, source, work, task, batches) if leads else None
                 decision = Decision.of(job.ranks.tell(found), task.pattern)
+            elif isinstance(allocation, ByFisher):
+                decision = by_fisher(allocation, chosen, task)
             else:
-                with evaluating(shelf.model), random_state(shelf.model):
-                    decision = _from_files(
-                        allocation,
-                        chosen,
-                        shelf,
-                        own,
-                        task,
-                        settings.budget,
-                        work.folder,
-                        job.ranks,
-                        not job.voice.quiet,
-                    )
+                decision = _from_files(allocation, chosen, shelf, own, task, job, settings, work)
         journal.add(STEP, decision.plain())
         shutil.rmtree(work.folder / SEARCH, ignore_errors=True)
     return replace(task, levels=Decision.of(journal.steps[STEP], task.pattern).levels)
@@ -127,37 +118,31 @@ def _from_files(
     shelf: Shelf,
     batches: Sequence[Tensor],
     task: Task,
-    budget: Budget,
-    folder: Path,
-    ranks: Ranks,
-    progress: bool,
+    job: Job,
+    settings: Settings,
+    work: Workplace,
 ) -> Decision:
     """Decide for a model on the shelf, one block in memory at a time.
 
-    Args:
-        allocation: that measures.
-        chosen: the matrices to be pruned.
-        shelf: the model.
-        batches: calibration windows of this process, each [batch, seqlen] int64.
-        task: of the run.
-        budget: memory that may be used; hidden states that do not fit lie in `folder`.
-        folder: for temporary files.
-        ranks: the processes that share the windows; what the first finds counts.
-        progress: show a bar.
+    `batches` are the calibration windows of this process; what the first process finds counts.
 
     Raises:
         NotByBlock: when blocks of this family cannot be run alone.
     """
+    ranks = job.ranks
     walker = None
     if allocation.learns is not None:
         walker = Walker(shelf.model, shelf.layers, batches, shelf.device)
     count = steps(allocation, chosen, walker) + (len(shelf.layers) if walker else 0)
     name = f"process-{ranks.rank}-measured"
     with (
-        tempfile.TemporaryDirectory(dir=folder, prefix="allocation-") as place,
-        Bar(count, "allocating", enabled=progress) as bar,
+        tempfile.TemporaryDirectory(dir=work.folder, prefix="allocation-") as place,
+        Bar(count, "allocating", enabled=not job.voice.quiet) as bar,
+        evaluating(shelf.model),
+        random_state(shelf.model),
     ):
-        hidden = Activations(Path(place), len(batches), rooms(shelf, budget), shelf.device, name)
+        room = rooms(shelf, settings.budget)
+        hidden = Activations(Path(place), len(batches), room, shelf.device, name)
         if walker is not None:
             check_walk(shelf, walker, bar.step)
         blocks = Blocks(walker, hidden, _from_shelf(shelf, hidden if walker else None), task, ranks)

@@ -161,6 +161,8 @@ def _config(args: argparse.Namespace) -> PruneConfig:
         allocation_settings=_allocation_settings(args),
         transforms=args.transform,
         transform_settings=_settings(args.transform_set, "--transform-set"),
+        fisher=args.fisher,
+        fisher_settings=_settings(args.fisher_set, "--fisher-set"),
     )
 
 

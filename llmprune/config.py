@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from llmprune import allocation as allocations
 from llmprune import methods
 from llmprune.allocation import Allocation
 from llmprune.errors import ConfigError
+from llmprune.fisher import settings as fishers
+from llmprune.fisher.settings import Fisher
 from llmprune.methods.base import Method
 from llmprune.pattern import Pattern, Within, parse
 from llmprune.prune_matrix import Task
@@ -44,6 +46,8 @@ class PruneConfig:
         allocation_settings: the allocation's own fields.
         transforms: names of files in `llmprune.transforms`, what is done to the dense model first.
         transform_settings: their own fields; each goes to those that have it.
+        fisher: weigh errors by how much the model's output depends on them.
+        fisher_settings: the fields of `llmprune.fisher.settings.Fisher`.
     """
 
     sparsity: float | str | Pattern = 0.5
@@ -67,12 +71,15 @@ class PruneConfig:
     allocation_settings: Mapping[str, Any] = field(default_factory=dict)
     transforms: Sequence[str] = ()
     transform_settings: Mapping[str, Any] = field(default_factory=dict)
+    fisher: bool = False
+    fisher_settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         method, pattern = self.built()
         self.repairing()
         self.allocated().check(method, pattern)
         self.transformations()
+        self.weighing()
         if self.ragged not in ("error", "dense"):
             raise ConfigError(f"ragged is error or dense, got {self.ragged!r}")
         if self.sums not in ("float32", "float64"):
@@ -121,10 +128,26 @@ class PruneConfig:
         """
         return build(self.transforms, self.transform_settings)
 
+    def weighing(self) -> Fisher | None:
+        """How Fisher information is measured, and what it weighs; None where it is not needed.
+
+        Raises:
+            ConfigError: when a setting makes no sense, or there are some for nothing.
+        """
+        if self.fisher:
+            return fishers.build(self.fisher_settings)
+        if self.allocation == "fisher":  # that alone
+            return replace(fishers.build(self.fisher_settings), rows=False, mix=0.0)
+        if self.fisher_settings:
+            given = ", ".join(self.fisher_settings)
+            raise ConfigError(f"{given} is of Fisher information: add --fisher (fisher=True)")
+        return None
+
     @property
     def needs_data(self) -> bool:
         """Whether calibration windows are read: to prune, or for what is decided before."""
-        return self.task().needs_data or self.allocated().needs_data or bool(self.transforms)
+        before = self.allocated().needs_data or bool(self.transforms) or self.weighing() is not None
+        return self.task().needs_data or before
 
     def task(self) -> Task:
         """What these settings do to every matrix."""
@@ -134,7 +157,7 @@ class PruneConfig:
     def recipe(self) -> dict[str, Any]:
         """The settings as plain JSON types, with defaults spelled out."""
         method, pattern = self.built()
-        repair = self.repairing()
+        repair, weighing = self.repairing(), self.weighing()
         return {
             "method": self.method,
             "settings": method.settings(),
@@ -153,4 +176,6 @@ class PruneConfig:
             "allocation_settings": self.allocated().settings(),
             "transforms": list(self.transforms),
             "transform_settings": {t.name: t.settings() for t in self.transformations()},
+            "fisher": self.fisher,
+            "fisher_settings": weighing.as_dict() if weighing else {},
         }

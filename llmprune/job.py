@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from llmprune import hub, loading, plot
+from llmprune.calibrate import calibrate
 from llmprune.calibration import Calibration, window
 from llmprune.checkpoint.save import check_target
 from llmprune.errors import ConfigError, DataError, NotByBlock
@@ -22,7 +23,6 @@ from llmprune.loading import Source
 from llmprune.model import max_seqlen
 from llmprune.order import Job, Text
 from llmprune.report import Report
-from llmprune.run import calibrate
 from llmprune.to_disk import run_to_disk
 from llmprune.workplace import settle
 

@@ -80,6 +80,7 @@ def prune_parser() -> argparse.ArgumentParser:
     )
     _model_options(parser)
     _pruning_options(parser)
+    _quality_options(parser)
     _allocation_options(parser)
     _transform_options(parser)
     _calibration_options(parser)
@@ -110,6 +111,21 @@ def _pruning_options(parser: argparse.ArgumentParser) -> None:
         help="rows that n:m does not divide: refuse, or leave such a matrix dense and report it",
     )
     group.add_argument(
+        "--max-memory",
+        metavar="SIZE",
+        help="memory the run may use, such as 16GB, or 0=40GB,cpu=100GB for GPU 0 and main memory: "
+        "weights are read block by block, hidden states go to disk (what is free)",
+    )
+    names = "class name, fnmatch pattern or re:REGEX; of the whole name or its end"
+    group.add_argument(
+        "--targets", nargs="+", default=[], metavar="NAME", help=f"prune these instead ({names})"
+    )
+    group.add_argument("--ignore", nargs="+", default=[], metavar="NAME", help="leave these dense")
+
+
+def _quality_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("beyond the method")
+    group.add_argument(
         "--repair",
         action="store_true",
         help="after each block is pruned, tune what is left of it towards what the dense block gave",
@@ -123,16 +139,18 @@ def _pruning_options(parser: argparse.ArgumentParser) -> None:
         "seed",
     )
     group.add_argument(
-        "--max-memory",
-        metavar="SIZE",
-        help="memory the run may use, such as 16GB, or 0=40GB,cpu=100GB for GPU 0 and main memory: "
-        "weights are read block by block, hidden states go to disk (what is free)",
+        "--fisher",
+        action="store_true",
+        help="weigh errors by how much the model's output depends on them: in rows of a matrix that compete, "
+        "and in --repair; measured by one pass back through the blocks",
     )
-    names = "class name, fnmatch pattern or re:REGEX; of the whole name or its end"
     group.add_argument(
-        "--targets", nargs="+", default=[], metavar="NAME", help=f"prune these instead ({names})"
+        "--fisher-set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a setting of that: tokens, mix, rows, seed; also for --allocation fisher",
     )
-    group.add_argument("--ignore", nargs="+", default=[], metavar="NAME", help="leave these dense")
 
 
 def _allocation_options(parser: argparse.ArgumentParser) -> None:
@@ -142,7 +160,7 @@ def _allocation_options(parser: argparse.ArgumentParser) -> None:
         default="uniform",
         metavar="NAME",
         help="how the sparsity is shared out over blocks or matrices, the total as exact as ever: uniform, "
-        "owl, alphapruning, search; with n:m a mix of levels (uniform)",
+        "owl, alphapruning, fisher, search; with n:m a mix of levels (uniform)",
     )
     group.add_argument(
         "--allocation-set",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from llmprune.errors import ConfigError, ModelError, NumericalError
+from llmprune.fisher.known import Known
+from llmprune.fisher.weigh import Solve, weighed
 from llmprune.methods.base import Method, Pruned
 from llmprune.model import Matrix
 from llmprune.pattern import NM, Pattern, as_text, true_in
@@ -35,6 +37,7 @@ class Task:
         room: bytes that the statistics of a block may take at once; None is any number.
         repair: how each block is repaired once it is pruned; None is not at all.
         levels: by name, what an allocation gives a matrix instead of `pattern`; None leaves it dense.
+        fisher: what errors weigh; None where all weigh the same.
     """
 
     method: Method[Any]
@@ -45,6 +48,7 @@ class Task:
     room: int | None = None
     repair: Repair | None = None
     levels: Mapping[str, Pattern | None] = field(default_factory=dict)
+    fisher: Known | None = None
 
     @property
     def needs_data(self) -> bool:
@@ -54,6 +58,10 @@ class Task:
     def level(self, matrix: Matrix) -> Pattern | None:
         """What may go of a matrix; None for one that an allocation leaves dense."""
         return self.levels.get(matrix.name, self.pattern)
+
+    def metric(self, block: int) -> Tensor | None:
+        """`Known.metric` of a block; None where nothing is known."""
+        return self.fisher.metric(block) if self.fisher else None
 
 
 @dataclass(frozen=True)
@@ -81,10 +89,6 @@ class Done:
             weight[self.where[:, 0], self.where[:, 1]] = self.final
 
 
-Solve = Callable[[Sequence[Tensor], Any, Pattern], Iterator[Pruned]]
-"""Prunes weights [out, in] that read one input, with its statistics: `Method.prune_together`."""
-
-
 def prune_matrices(
     matrices: Sequence[Matrix],
     stats: Stats,
@@ -94,9 +98,9 @@ def prune_matrices(
 ) -> Iterator[Done]:
     """Prune matrices that read one input, in place, and check what came out; `Done.settle` completes it.
 
-    Those of one pattern follow each other, in the order of each pattern's first. The method may solve them as
-    one; the seconds are then in the report of the first. `solve` takes the place of the method where several
-    processes share its work.
+    Those of one pattern follow each other, in the order of each pattern's first. The method may solve them
+    as one; the seconds are then in the report of the first. `solve` takes the place of the method where
+    several processes share its work.
 
     Raises:
         ModelError: rows that the pattern does not divide, unless they are left dense.
@@ -136,7 +140,7 @@ def _prune_alike(
         return
     task, known = _able(matrices, stats, task)
     solve = solve or task.method.prune_together
-    results = solve([m.weight for m in matrices], known, task.pattern)
+    results = weighed(solve, matrices, known, task.pattern, task.fisher)
     for matrix in matrices:
         begun = time.perf_counter()
         try:
@@ -191,10 +195,8 @@ def _put(
 
 
 def _able(matrices: Sequence[Matrix], stats: Stats, task: Task) -> tuple[Task, Stats]:
-    """`task` with a method that `stats` suffice for, and what that method is to know.
-
-    Only experts fall back: the user chose how many tokens there are, the router how few reach an expert.
-    """
+    """`task` with a method that `stats` suffice for, and what that method is to know: experts fall back."""
+    # the user chose how many tokens there are, the router how few reach an expert
     method = task.method
     if all(matrix.number is not None for matrix in matrices):
         while stats.tokens < method.needs_tokens(matrices[0].shape[1]):

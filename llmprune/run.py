@@ -14,19 +14,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from llmprune import calibration as calibrations
 from llmprune.allocation.decide import decide
+from llmprune.calibrate import windows_of
 from llmprune.calibration import Calibration
 from llmprune.config import PruneConfig as PruneConfig
 from llmprune.errors import ConfigError
+from llmprune.fisher.known import Known
+from llmprune.fisher.measure import check_measurable, known_in_memory
 from llmprune.memory import default_batch
 from llmprune.model import (
     Matrix,
     blocks,
-    check_vocabulary,
     check_weights,
     matrices,
-    max_seqlen,
     unwrapped,
 )
 from llmprune.observe import check_floodable
@@ -68,6 +68,8 @@ def prune(
     allocation_settings: Mapping[str, Any] | None = None,
     transforms: Sequence[str] = (),
     transform_settings: Mapping[str, Any] | None = None,
+    fisher: bool = False,
+    fisher_settings: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Report:
     """Prune a causal language model of transformers, in place.
@@ -101,6 +103,9 @@ def prune(
         transforms: names of transforms, done to the dense model first: it computes the same with other
             weights. An output head that is tied to the embedding may get weights of its own.
         transform_settings: their own fields.
+        fisher: weigh errors by how much the model's output depends on them, measured by one pass back
+            through its blocks.
+        fisher_settings: how; the fields of `llmprune.fisher.settings.Fisher`.
         progress: show a progress bar on stderr.
 
     Returns:
@@ -132,6 +137,8 @@ def prune(
         allocation_settings=allocation_settings or {},
         transforms=transforms,
         transform_settings=transform_settings or {},
+        fisher=fisher,
+        fisher_settings=fisher_settings or {},
     )
     return prune_with(config, model, tokenizer, progress=progress)
 
@@ -155,7 +162,7 @@ def prune_with(
     chosen = _chosen(config, model, task)
     seconds: dict[str, float] = {}
     with timed(seconds, "calibration"):
-        data = _windows(config, model, tokenizer, progress, say)
+        data = windows_of(config, model, tokenizer, progress, say)
     layers: dict[str, LayerReport] = {}
     repaired: list[RepairReport] = []
     begun = time.perf_counter()
@@ -163,17 +170,20 @@ def prune_with(
         walker = _walker(model, data, config, say) if data is not None else None
         with timed(seconds, "transforms"):
             transformed = _transformed(walker, config, stored or {}, say, progress)
+        with timed(seconds, "fisher"):
+            task = replace(task, fisher=_known(walker, chosen, config, progress))
         with timed(seconds, "allocation"):
             decision = decide(config.allocated(), chosen, walker, task, progress)
         task = replace(task, levels=decision.levels)
         for matrix, report, keep in _pruned(walker, chosen, task, progress, repaired.append):
             layers[matrix.name] = report
             on_mask(matrix, report, keep)
-        before = seconds["transforms"] + seconds["allocation"]
+        before = seconds["transforms"] + seconds["fisher"] + seconds["allocation"]
         seconds["prune"] = time.perf_counter() - begun - before
     for phase, used in (
         ("calibration", data),
         ("transforms", transformed),
+        ("fisher", task.fisher),
         ("allocation", decision.found),
     ):
         if not used:
@@ -205,24 +215,6 @@ def _chosen(config: PruneConfig, model: nn.Module, task: Task) -> list[Matrix]:
     return chosen
 
 
-def _windows(
-    config: PruneConfig,
-    model: nn.Module,
-    tokenizer: Any,
-    progress: bool,
-    say: Callable[[str], None],
-) -> Calibration | None:
-    """What `model` is calibrated on, where anything is."""
-    if not config.needs_data:
-        say(f"{config.method} looks at the weights alone: no calibration data is read")
-        return None
-    data = calibrate(config, max_seqlen(model.config), tokenizer, progress=progress)
-    check_vocabulary(data.ids, data.source, model)
-    windows, seqlen = data.ids.shape
-    say(f"calibrating on {windows} windows of {seqlen} tokens from {data.source}")
-    return data
-
-
 def _walker(
     model: nn.Module, data: Calibration, config: PruneConfig, say: Callable[[str], None]
 ) -> Walker:
@@ -232,6 +224,8 @@ def _walker(
     walker = checked_walker(model, blocks(model)[1], list(data.batches(size)), say)
     if config.repair:
         check_repairable(walker)
+    if config.weighing() is not None:
+        check_measurable(walker)
     return walker
 
 
@@ -246,6 +240,16 @@ def _transformed(
     if walker is None or not config.transforms:
         return {}
     return in_memory(walker, config.transformations(), config.task(), stored, say, progress)
+
+
+def _known(
+    walker: Walker | None, chosen: Sequence[Matrix], config: PruneConfig, progress: bool
+) -> Known | None:
+    """Measure Fisher information on the dense model, where anything asks for it."""
+    settings = config.weighing()
+    if walker is None or settings is None:
+        return None
+    return known_in_memory(walker, chosen, settings, progress)
 
 
 def _pruned(
@@ -268,28 +272,3 @@ def _pruned(
     more = task.repair.steps(sum(map(len, walker.batches)), seqlen) if task.repair else None
     with Bar(walker.steps(chosen, more), "pruning", enabled=progress) as bar:
         yield from prune_blocks(walker, chosen, task, bar.step, repaired)
-
-
-def calibrate(
-    config: PruneConfig, limit: int | None, tokenizer: Any, *, progress: bool
-) -> Calibration:
-    """The calibration windows that `config` asks for, for a model that reads `limit` tokens.
-
-    Raises:
-        ConfigError: windows beyond `limit`.
-        DataError: data that cannot be read or is too short.
-    """
-    calibrations.window(config.seqlen, limit)
-    data = calibrations.load(
-        config.calibration,
-        tokenizer,
-        samples=config.samples,
-        seqlen=config.seqlen,
-        seed=config.seed,
-        text_column=config.text_column,
-        model_limit=limit,
-        progress=progress,
-    )
-    if limit is not None and data.ids.shape[1] > limit:
-        raise ConfigError(f"windows of {data.ids.shape[1]} tokens; the model allows {limit}")
-    return data

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmprune.fisher.weigh import Solve
 from llmprune.methods.base import Method, Pruned, Share
 from llmprune.observe import Observed
 from llmprune.parallel import Ranks
 from llmprune.pattern import Pattern
-from llmprune.prune_matrix import Done, Solve, Task, prune_matrices
+from llmprune.prune_matrix import Done, Task, prune_matrices
 
 UNIT = 16
 """Rows are shared out in units of so many. MKL takes another way through products of less than 16 rows,

@@ -232,7 +232,7 @@ class Streaming:
         entry: dict[str, Any] = streams.pass_on("dense", index, tell) if streams else {}
         pruned = self._prune(index, here, streams, tell)
         if here and streams is not None and self.task.repair is not None:
-            pruned, report = streams.repair(index, list(pruned), self.task.repair, tell)
+            pruned, report = streams.repair(index, list(pruned), self.task, tell)
             entry["repair"] = asdict(report)
         found = {d.matrix.name: _light(d) for d in pruned}
         done = [found[m.name] for m in here]

@@ -14,9 +14,8 @@ import torch
 from llmprune.activations import Activations
 from llmprune.memory import SLACK, Budget
 from llmprune.parallel import Ranks
-from llmprune.prune_matrix import Done
+from llmprune.prune_matrix import Done, Task
 from llmprune.refine.repair import repair_block
-from llmprune.refine.settings import Repair
 from llmprune.report import RepairReport
 from llmprune.sweep import Tell, pass_on
 from llmprune.walk import Walker
@@ -64,12 +63,16 @@ class Streams:
         return {name: self.ranks.gather(stream.commit())}
 
     def repair(
-        self, index: int, pruned: Sequence[Done], how: Repair, tell: Tell
+        self, index: int, pruned: Sequence[Done], task: Task, tell: Tell
     ) -> tuple[list[Done], RepairReport]:
         """Repair block `index` towards what the dense one passed on."""
+        how, metric = task.repair, task.metric(index)
         assert self.dense is not None
+        assert how is not None
         hidden, dense = self.hidden, self.dense
-        return repair_block(self.walker, index, pruned, hidden, dense, how, tell, self.ranks)
+        return repair_block(
+            self.walker, index, pruned, hidden, dense, how, tell, self.ranks, metric
+        )
 
     def restore(self, step: Mapping[str, Any]) -> str | None:
         """Take up what a finished block left; the first file that is damaged, or None."""

@@ -50,8 +50,9 @@ def prune_blocks(
         with ExitStack() as later:  # the last corrections are made also when the caller stops early
             found = prune_block(walker, index, here, hidden, task, tell)
             if task.repair is not None and here:
+                own, metric = list(found), task.metric(index)
                 parts, report = repair_block(
-                    walker, index, list(found), hidden, dense, task.repair, tell
+                    walker, index, own, hidden, dense, task.repair, tell, metric=metric
                 )
                 repaired(report)
                 found = iter(parts)

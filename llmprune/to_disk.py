@@ -30,6 +30,7 @@ from llmprune.checkpoint.tensors import raw
 from llmprune.deliver import check_layout
 from llmprune.errors import CheckpointError, ConfigError, NotByBlock
 from llmprune.eval.perplexity import Losses, model_losses
+from llmprune.informed import informed
 from llmprune.loading import Source
 from llmprune.memory import budget, fits, least, parse_size
 from llmprune.model import Matrix, check_vocabulary, matrices
@@ -48,13 +49,11 @@ from llmprune.workplace import Settings, Workplace, batch_size, open_workplace, 
 
 
 def run_to_disk(job: Job, source: Source, tokenizer: Any, text: Text | None) -> Report | None:
-    """Do `job`, whose data has been read, block by block; None where memory is the better place.
-
-    Several processes always go block by block.
+    """Do `job`, whose data has been read, block by block; None where memory is better, for one process.
 
     Raises:
         NotByBlock: before a block is written, when the blocks of this family cannot be run alone.
-        LLMPruneError: one of its kinds, with a message that says what would work.
+        LLMPruneError: one of its kinds.
         Stopped: after SIGTERM, behind a finished block.
     """
     where = loading.check_choice(job.choice.dtype, job.choice.device)
@@ -88,13 +87,12 @@ def _to_target(
     target: Path,
 ) -> Report:
     """Prune into the folder of unfinished work beside `target`, and put it in place at the end."""
-    chosen, task = _chosen(job, shelf, settings)
+    _chosen(job, shelf, settings)  # refused now, or not at all
     dense = transformed(job, source, shelf, settings, target)
-    if dense.shelf is not shelf:
-        shelf = dense.shelf
-        chosen, task = _chosen(job, shelf, settings)
-    data = job.prune.calibration if isinstance(job.prune.calibration, Calibration) else None
-    data = data if job.prune.needs_data else None
+    shelf = dense.shelf
+    chosen, task = _chosen(job, shelf, settings)
+    given = job.prune.calibration
+    data = given if isinstance(given, Calibration) and job.prune.needs_data else None
     if data is not None:
         check_vocabulary(data.ids, data.source, shelf.model)
     _say_what(job, shelf, chosen, data)
@@ -186,17 +184,18 @@ class _Run:
             say(f"perplexity before: {self.measured['dense'].perplexity:.3f}")
         size = batch_size(job.prune, data, self.settings.device)
         given = list(data.batches(size)) if data is not None else []
-        batches = self._own(given) if given else []
-        at = self.dense.source, self.dense.shelf, self.settings, self.work
+        batches, shelf = self._own(given) if given else [], self.dense.shelf
+        at = self.dense.source, shelf, self.settings, self.work
+        task = informed(job, shelf, self.work, chosen, task, batches, self.seconds)
         task = allocated(job, *at, chosen, task, given, batches, self.seconds)
         with (
             timed(self.seconds, "prune"),
-            evaluating(self.dense.shelf.model),
-            random_state(self.dense.shelf.model),
+            evaluating(shelf.model),
+            random_state(shelf.model),
             Bar(0, "pruning", enabled=not job.voice.quiet) as bar,
         ):
             run = Streaming(
-                self.dense.shelf,
+                shelf,
                 chosen,
                 task,
                 self.work,

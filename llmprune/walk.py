@@ -135,9 +135,13 @@ class Walker:
 
     def logits(self, batch: int, hidden: Tensor | None) -> Tensor:
         """Logits [batch, seqlen, vocabulary] on the last block's output."""
+        return self.logits_on(self.batches[batch], hidden)
+
+    def logits_on(self, ids: Tensor, hidden: Tensor | None) -> Tensor:
+        """The same for any windows `ids` [batch, seqlen]."""
         with self.only(len(self.layers), hidden, None):
-            ids = self.batches[batch].to(self.device)
-            return cast(Tensor, self.model(input_ids=ids, use_cache=False).logits)
+            output = self.model(input_ids=ids.to(self.device), use_cache=False)
+            return cast(Tensor, output.logits)
 
     def steps(self, matrices: Sequence[Matrix], repair: int | None = None) -> int:
         """How often `prune_blocks` reports progress on `matrices`.

@@ -27,6 +27,8 @@ from llmprune.run import PruneConfig
 
 SEARCH = "search"
 """Folder inside a run's, in which a search keeps what it has found (llmprune/allocation/searching.py)."""
+FISHER = "fisher"
+"""Folder inside a run's, with what was measured of each block (llmprune/informed.py)."""
 PACKED = "packed"
 """Folder inside a run's, in which a result in the sparse format is put together."""
 _PACKED_DONE = "packed.done"  # there while that folder is complete, or has become the target
@@ -77,7 +79,10 @@ class Workplace:
 
     def close(self) -> None:
         """End a run: nothing stays of one that has finished nothing, or whose result is in its place."""
-        begun = "allocation" in self.journal.steps or (self.folder / SEARCH).is_dir()
+        begun = (
+            bool({"allocation", "fisher"} & set(self.journal.steps))
+            or (self.folder / SEARCH).is_dir()
+        )
         if self.checkpoint.is_dir() and (self.blocks or begun):
             self.journal.close()
         else:
@@ -183,7 +188,7 @@ def _make_room(work: Workplace, target: Path, hidden: int, packed: int) -> None:
     for (
         path
     ) in folder.iterdir():  # of a run that was killed: temporary folders, a half-made generation
-        if path.is_dir() and path not in (shards.folder, folder / SEARCH):
+        if path.is_dir() and path not in (shards.folder, folder / SEARCH, folder / FISHER):
             shutil.rmtree(path)
     free = shutil.disk_usage(folder).free
     files = (p for p in folder.rglob("*") if p.is_file() and p.parent != folder / SEARCH)

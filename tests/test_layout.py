@@ -34,6 +34,7 @@ FLOORS = (
         "stream",
         "by_block",
         "in_memory",
+        "informed",
         "to_disk",
         "transformed",
     },

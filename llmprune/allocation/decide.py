@@ -8,8 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from llmprune.allocation.base import Allocation, Measured
-from llmprune.allocation.measuring import Blocks, decided, in_memory
+from llmprune.allocation.fisher import ByFisher
+from llmprune.allocation.measuring import Blocks, NoLevels, decided, in_memory, leveled, units
 from llmprune.allocation.search import Search
 from llmprune.allocation.searching import Searching
 from llmprune.model import Matrix
@@ -54,6 +57,8 @@ def decide(
         assert walker is not None  # it needs data
         with tempfile.TemporaryDirectory(prefix="llmprune-search-") as folder:
             return by_search(allocation, chosen, walker, task, Path(folder), progress)
+    if isinstance(allocation, ByFisher):
+        return by_fisher(allocation, chosen, task)
     if not isinstance(allocation, Measured):
         return Decision()
     with Bar(steps(allocation, chosen, walker), "allocating", enabled=progress) as bar:
@@ -73,6 +78,28 @@ def by_search(
         searching = Searching(search, chosen, walker, task, folder, bar.step)
         bar.expect(searching.steps)
         return Decision(*searching.run())
+
+
+def by_fisher(allocation: ByFisher, chosen: Sequence[Matrix], task: Task) -> Decision:
+    """Decide by what is known of the dense model."""
+    assert task.fisher is not None  # the run measures it for this allocation
+    parts = units(allocation, chosen, task)
+    counts: dict[str, Tensor] = {}
+    for name, some in parts.items():
+        for m in some:
+            part = task.fisher.part(m.block) if m.block is not None else None
+            assert part is not None
+            counts[name] = counts.get(name, 0) + part.counts[m.name]
+    shares = allocation.shares(counts, task.pattern)
+    try:
+        levels = leveled(allocation, parts, shares, task.pattern)
+    except (
+        NoLevels
+    ):  # all depend on all alike: then uniform is what it finds, and the report has it
+        levels = {}
+    return Decision(
+        levels, {"name": allocation.name, "paper": allocation.paper, "measured": shares}
+    )
 
 
 def by_measure(

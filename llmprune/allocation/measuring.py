@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +28,25 @@ from llmprune.stats import Stats
 from llmprune.walk import HiddenStates, Walker
 
 Progress = Callable[[int, int, str], None]
+
+
+class NoLevels(ConfigError):
+    """Shares lead to no level but the one asked for."""
+
+
+class Shared(Protocol):
+    """An allocation that gives blocks or matrices shares."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def grain(self) -> str: ...
+
+    @property
+    def levels(self) -> str: ...
+
+    def settings(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -67,16 +87,30 @@ def decided(
     measured = _measured(allocation, parts, blocks, progress)
     sizes = [sum(m.shape[0] * m.shape[1] for m in some) for some in parts.values()]
     shares = allocation.shares([measured[n] for n in parts], sizes, base)
-    share_of = dict(zip(parts, shares, strict=True))
+    levels = leveled(allocation, parts, dict(zip(parts, shares, strict=True)), base)
+    return levels, measured
+
+
+def leveled(
+    allocation: Shared,
+    parts: Mapping[str, list[Matrix]],
+    share_of: Mapping[str, float],
+    base: Pattern,
+) -> dict[str, Level]:
+    """The level of every matrix of `parts`, each of which has a share.
+
+    Raises:
+        NoLevels: where no level but the one asked for results.
+    """
     own = {m.name: share_of[n] for n, some in parts.items() for m in some}
     shapes = {m.name: m.shape for some in parts.values() for m in some}
     levels = exact(base, shapes, own, offered(allocation.levels, base))
     if levels is None:
-        raise ConfigError(f"{allocation.name} gives every matrix {base}: {_hint(allocation, base)}")
-    return levels, measured
+        raise NoLevels(f"{allocation.name} gives every matrix {base}: {_hint(allocation, base)}")
+    return levels
 
 
-def _hint(allocation: Measured, base: Pattern) -> str:
+def _hint(allocation: Shared, base: Pattern) -> str:
     """What may give matrices levels of their own."""
     more = ", --within matrix"
     if isinstance(base, NM):
@@ -89,14 +123,14 @@ def _hint(allocation: Measured, base: Pattern) -> str:
     )
 
 
-def _band(allocation: Measured) -> str:
+def _band(allocation: Shared) -> str:
     """A setting that would spread levels further."""
     settings = allocation.settings()
     name = next((n for n in ("bound", "tau") if n in settings), "levels")
     return f"{name}=0.5"
 
 
-def units(allocation: Measured, chosen: Sequence[Matrix], task: Task) -> dict[str, list[Matrix]]:
+def units(allocation: Shared, chosen: Sequence[Matrix], task: Task) -> dict[str, list[Matrix]]:
     """What gets one share: blocks, or matrices; those that the pattern does not divide are left out."""
     found: dict[str, list[Matrix]] = {}
     for m in chosen:

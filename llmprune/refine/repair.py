@@ -56,6 +56,7 @@ def repair_block(
     settings: Repair,
     tell: Callable[[str], None],
     ranks: Ranks = ALONE,
+    metric: Tensor | None = None,
 ) -> tuple[list[Done], RepairReport]:
     """Repair block `index` in place, whose matrices `done` have just been pruned.
 
@@ -68,6 +69,7 @@ def repair_block(
         settings: how.
         tell: told of every step.
         ranks: the processes that have the other windows.
+        metric: [width, width] float32, what errors in two features weigh together; None weighs all alike.
 
     Raises:
         ModelError: when the block gives no gradient.
@@ -78,7 +80,9 @@ def repair_block(
     begun = time.monotonic()
     parts = tuned(walker.model, index, done, settings.tune, ranks)
     pace = settings.rate * ranks.tell(_damage(done))
-    run = _Repairing(walker, index, parts, hidden, dense, settings, pace, ranks, begun)
+    if metric is not None:
+        metric = metric.to(walker.device)
+    run = _Repairing(walker, index, parts, hidden, dense, settings, pace, ranks, begun, metric)
     with repeatable(walker.device):
         report = run.tune(tell)
     for part in parts:
@@ -96,7 +100,7 @@ def _damage(done: Sequence[Done]) -> float:
 
 @dataclass(frozen=True)
 class _Error:
-    """||given - wanted||^2 and ||wanted||^2 over some windows, and how many values they have."""
+    """||given - wanted||^2 and ||wanted||^2 over some windows, in the metric, and how many values."""
 
     lost: float
     size: float
@@ -121,6 +125,7 @@ class _Repairing:
     rate: float
     ranks: Ranks
     begun: float
+    metric: Tensor | None
 
     def __post_init__(self) -> None:
         self.windows = Windows(self.walker.batches, self.ranks)
@@ -202,7 +207,7 @@ class _Repairing:
         for places in self.windows.own(chosen):
             with learning(parameters):
                 out, goal = self._outputs(places)
-                loss = (out.float() - goal.float()).square().sum() * (scale / 2)
+                loss = self._energy(out.float() - goal.float()) * (scale / 2)
                 try:
                     found = torch.autograd.grad(loss, parameters, allow_unused=True)
                 except RuntimeError as error:
@@ -215,6 +220,11 @@ class _Repairing:
             for part, gradient in zip(self.parts, found, strict=True):
                 if gradient is not None:  # None where no token reaches
                     part.gradient.add_(gradient)
+
+    def _energy(self, values: Tensor) -> Tensor:
+        """The sum of squares of `values` [windows, seqlen, width] as the metric has it."""
+        other = values if self.metric is None else values @ self.metric
+        return (values * other).sum()
 
     def _outputs(self, places: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
         """What the block gives on some windows, and what it should give: [windows, seqlen, width]."""
@@ -230,7 +240,7 @@ class _Repairing:
         with torch.no_grad():
             for places in self.windows.own(chosen):
                 out, goal = (t.float() for t in self._outputs(places))
-                lost, size = (out - goal).square().sum(), goal.square().sum()
+                lost, size = self._energy(out - goal), self._energy(goal)
                 sums += torch.tensor([float(lost), float(size), goal.numel()], dtype=torch.float64)
         self.ranks.add_up([sums])
         return _Error(*sums.tolist())

@@ -1,0 +1,1 @@
+"""How much the model's output depends on each value inside, by its Fisher information."""
