@@ -18,7 +18,14 @@ from torch import Tensor, nn
 from llmprune.checkpoint.shelf import Shelf
 from llmprune.errors import NotByBlock, WalkError
 from llmprune.model import blocks
-from llmprune.walk import Walker, hidden_state, restore_forward, template, without_tensors
+from llmprune.walk import (
+    Walker,
+    axis_of_windows,
+    hidden_state,
+    restore_forward,
+    template,
+    without_tensors,
+)
 
 
 def check_walk(
@@ -114,6 +121,7 @@ class _Check:
         first = self._hidden[0]
         self._hidden[0] = self.walker.checked(self.single, index, 0, first, hidden_state(out))
         self._hidden[1] = self.single.run(index, 1, self._hidden[1])
+        self.walker.axis = axis_of_windows(self._hidden[0])
 
     def _share(self, index: int) -> None:
         """Let the twin's block hold the parameters that the model's own now holds."""

@@ -54,6 +54,8 @@ class Walker:
         kind: what a block's run starts from, for the report.
         passes_on: whether a block's run needs the stored output of the block before.
         extras: what each block returns beside its hidden state, learnt by the self-check.
+        axis: of hidden states, along which windows lie: 1 where positions come first, as in XLNet; None
+            where windows do not lie apart. Learnt by the self-check.
     """
 
     kind: ClassVar[Literal["blocks", "whole model"]] = "blocks"
@@ -72,6 +74,7 @@ class Walker:
         self.batches = batches
         self.device = device or next(model.parameters()).device
         self.extras: list[Any] = [None] * len(layers)
+        self.axis: int | None = 0
 
     def forward(self, ids: Tensor) -> None:
         """The model's own forward on `ids` [batch, seqlen], up to where a block stops it."""
@@ -181,6 +184,7 @@ class Walker:
         for i in range(len(self.layers)):
             for w in range(2):
                 hidden[w] = self.checked(single, i, w, hidden[w], hidden_state(plain[w][i]))
+            self.axis = axis_of_windows(hidden[0])
 
     def two_windows(self) -> list[Tensor]:
         """Two windows [1, seqlen] that differ, for the self-check."""
@@ -222,6 +226,12 @@ class Walker:
         if not same(out, expected):
             raise WalkError(f"{name} differs from its plain forward")
         return out
+
+
+def axis_of_windows(hidden: Tensor | None) -> int | None:
+    """The axis of what a block gives for one window along which there is one; None where there is none."""
+    shape = () if hidden is None else hidden.shape[:-1]
+    return next((axis for axis, size in enumerate(shape) if size == 1), None)
 
 
 def same(a: Tensor, b: Tensor) -> bool:

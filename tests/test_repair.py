@@ -285,10 +285,11 @@ def test_one_window_is_enough() -> None:
 
 
 @pytest.mark.parametrize(
-    "family", ["gpt2", "qwen3", "mixtral", "qwen2_moe", "gpt_oss", "gemma3_text", "opt", "bloom"]
+    "family",
+    ["gpt2", "qwen3", "mixtral", "qwen2_moe", "gpt_oss", "gemma3_text", "opt", "bloom", "xlnet"],
 )
 def test_families(family: str) -> None:
-    """Conv1D, q and k norms, experts fused and shared, sinks and biases, tuple outputs."""
+    """Conv1D, q and k norms, experts fused and shared, sinks, biases, tuple outputs, positions first."""
     dense, plain, model = tiny(family), tiny(family), tiny(family)
     recipe = {"method": "wanda", "sparsity": "2:4"}
     _, masks = pruned(plain, **recipe)
@@ -302,6 +303,35 @@ def test_families(family: str) -> None:
     routers = [n for n, _ in model.named_parameters() if re.search(r"\.(gate|router)\.", n)]
     before, after = dict(dense.named_parameters()), dict(model.named_parameters())
     assert all(torch.equal(before[n], after[n]) for n in routers)
+
+
+def test_positions_may_come_before_windows() -> None:
+    """As many windows at once as a window has tokens: the shape does not tell which is which."""
+    models = [tiny("xlnet"), tiny("xlnet")]
+    for size, model in zip((3, 16), models, strict=True):
+        report, _ = pruned(
+            model, batch_size=size, calibration=IDS[:16], sums="float64", repair=True
+        )
+        assert [block.epochs for block in report.repair] == [4, 4, 4]
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-2, atol=1e-4)
+
+
+def test_blocks_that_mix_windows_are_refused() -> None:
+    model = llama()
+    for block in model.model.layers:
+        inner = block.forward
+
+        def flat(x: Tensor, *args: Any, inner: Any = inner, **kwargs: Any) -> Tensor:
+            out: Tensor = inner(x.view(-1, 16, 32), *args, **kwargs)
+            return out.reshape(-1, 32)
+
+        block.forward = flat
+    norm = model.model.norm.forward
+    model.model.norm.forward = lambda x: norm(x.view(-1, 16, 32))
+    pruned(model)  # a plain method takes them
+    with pytest.raises(ConfigError, match="do not keep windows apart"):
+        pruned(model, repair=True)
 
 
 def test_an_expert_that_no_token_reaches_is_left_as_it_was_pruned() -> None:

@@ -31,16 +31,23 @@ from llmprune.walk import HiddenStates, Walker
 
 
 def check_repairable(walker: Walker) -> None:
-    """Refuse a family whose blocks cannot be run alone.
+    """Refuse a family whose blocks cannot be repaired by themselves.
 
     Raises:
         ConfigError: naming its class.
     """
+    if why := unrepairable(walker):
+        raise ConfigError(f"{why}; leave --repair out")
+
+
+def unrepairable(walker: Walker) -> str | None:
+    """Why blocks cannot be repaired; None where they can."""
+    name = type(walker.model).__name__
     if not walker.passes_on:
-        raise ConfigError(
-            f"{type(walker.model).__name__} keeps state outside its blocks, so none can be repaired by "
-            "itself; leave --repair out"
-        )
+        return f"{name} keeps state outside its blocks, so none can be repaired by itself"
+    if walker.axis is None:
+        return f"the blocks of {name} do not keep windows apart, so they cannot be learnt from one by one"
+    return None
 
 
 MOST = 1 / 3  # of the damage that steps are measured by: a choice, for pruning that leaves little
@@ -72,8 +79,10 @@ def repair_block(
         metric: [width, width] float32, what errors in two features weigh together; None weighs all alike.
 
     Raises:
+        ConfigError: for blocks that do not keep windows apart.
         ModelError: when the block gives no gradient.
     """
+    check_repairable(walker)
     for each in done:
         each.settle()
     done = [replace(each, where=None, final=None) for each in done]
@@ -128,7 +137,7 @@ class _Repairing:
     metric: Tensor | None
 
     def __post_init__(self) -> None:
-        self.windows = Windows(self.walker.batches, self.ranks)
+        self.windows = Windows(self.walker.batches, self.ranks, self.walker.axis or 0)
         self.learnt, self.held = self.settings.parted(self.windows.count)
         self.seqlen = self.walker.batches[0].shape[1]
         self.whole = self.settings.steps(self.windows.count, self.seqlen)

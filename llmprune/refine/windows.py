@@ -16,11 +16,13 @@ class Windows:
 
     Attributes:
         batches: token ids of this process, each [batch, seqlen] int64.
+        axis: of hidden states, along which windows lie.
         count: windows of all processes.
     """
 
-    def __init__(self, batches: Sequence[Tensor], ranks: Ranks = ALONE) -> None:
+    def __init__(self, batches: Sequence[Tensor], ranks: Ranks = ALONE, axis: int = 0) -> None:
         self.batches = batches
+        self.axis = axis
         self._places = [(b, row) for b, ids in enumerate(batches) for row in range(len(ids))]
         counts = ranks.gather(len(self._places))
         self.count = sum(counts)
@@ -38,8 +40,13 @@ class Windows:
         return torch.stack([self.batches[b][row] for b, row in places])
 
     def states(self, stream: HiddenStates, places: Sequence[tuple[int, int]]) -> Tensor | None:
-        """What `stream` holds of these windows, [windows, seqlen, width]; None before the first block."""
+        """What `stream` holds of these windows, [windows, seqlen, width], or with `axis` 1 the first two
+        the other way round; None before the first block.
+        """
         whole = {b: stream[b] for b in {b for b, _ in places}}
-        rows = [None if (batch := whole[b]) is None else batch[row] for b, row in places]
+        rows = [
+            None if (batch := whole[b]) is None else batch.select(self.axis, row)
+            for b, row in places
+        ]
         found = [row for row in rows if row is not None]
-        return torch.stack(found) if found else None
+        return torch.stack(found, self.axis) if found else None

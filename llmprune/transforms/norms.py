@@ -59,7 +59,11 @@ def recognised(
         return None
     generator = torch.Generator().manual_seed(0)
     tried = torch.randn(8, width, generator=generator, dtype=torch.float64) * _LARGE + _LARGE
-    x = tried.to(like.device, like.dtype)
+    shape = (
+        *(1 for _ in like.shape[:-2]),
+        *tried.shape,
+    )  # some modules take no other number of axes
+    x = tried.view(shape).to(like.device, like.dtype)
     with torch.no_grad():
         given = module(x)
     if not isinstance(given, Tensor) or given.shape != x.shape:
@@ -69,8 +73,8 @@ def recognised(
     plus = 0.0 if bias is None else bias.double()
     precise = max(_PRECISE, torch.finfo(like.dtype).eps ** 0.5)
     for centred in (False, True):
-        y = x - x.mean(1, keepdim=True) if centred else x
-        y = y / y.square().mean(1, keepdim=True).sqrt()
+        y = x - x.mean(-1, keepdim=True) if centred else x
+        y = y / y.square().mean(-1, keepdim=True).sqrt()
         for offset in (0.0, 1.0) if weight is not None else (0.0,):
             gain = 1.0 if weight is None else weight.double() + offset
             want = y * gain + plus
