@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,14 @@ from torch import Tensor
 
 from llmprune.activations import Activations
 from llmprune.allocation.base import Measured
-from llmprune.allocation.decide import Decision, by_fisher, by_measure, by_search, steps
+from llmprune.allocation.decide import (
+    Decision,
+    by_fisher,
+    by_measure,
+    by_search,
+    steps,
+    where_possible,
+)
 from llmprune.allocation.fisher import ByFisher
 from llmprune.allocation.measuring import Blocks
 from llmprune.allocation.search import Search
@@ -27,9 +35,11 @@ from llmprune.lockstep import check_walk
 from llmprune.memory import fits, of_model, trim
 from llmprune.model import Matrix, blocks, matrices
 from llmprune.order import Job
+from llmprune.pattern import Pattern
 from llmprune.preserve import evaluating, random_state
 from llmprune.progress import Bar, timed
 from llmprune.prune_matrix import Task
+from llmprune.quality import going_on
 from llmprune.walk import Walker
 from llmprune.whole import checked_walker
 from llmprune.workplace import SEARCH, Settings, Workplace
@@ -56,33 +66,39 @@ def allocated(
 
     Raises:
         NotByBlock: when blocks of this family cannot be run alone.
-        ConfigError: where no levels are found.
+        ConfigError: where no levels are found, unless the run goes on without the allocation then.
     """
     allocation, journal = job.prune.allocated(), work.journal
+    optional = job.prune.optional("allocation")
     if not isinstance(allocation, Measured | Search | ByFisher):
         return task
-    if STEP in journal.steps:
+    if STEP in journal.steps and not decided(work, task.pattern).left_out:
         job.voice.say(f"levels are those that {allocation.name} has found earlier")
-    else:
+    elif STEP not in journal.steps:
         job.voice.say(f"{allocation.name} decides how much of each matrix goes")
         with timed(seconds, STEP):
             if isinstance(allocation, Search):
-                _check_room(shelf, settings)
-                leads = job.ranks.leads
-                found = _searched(job, allocation, source, work, task, batches) if leads else None
+                made = partial(
+                    _searched, job, allocation, source, shelf, settings, work, task, batches
+                )
+                found = where_possible(optional, made).plain() if job.ranks.leads else None
                 decision = Decision.of(job.ranks.tell(found), task.pattern)
             elif isinstance(allocation, ByFisher):
-                decision = by_fisher(allocation, chosen, task)
+                decision = where_possible(optional, partial(by_fisher, allocation, chosen, task))
             else:
                 decision = _from_files(allocation, chosen, shelf, own, task, job, settings, work)
         journal.add(STEP, decision.plain())
         shutil.rmtree(work.folder / SEARCH, ignore_errors=True)
-    return replace(task, levels=Decision.of(journal.steps[STEP], task.pattern).levels)
+    decision = decided(work, task.pattern)
+    for why in decision.left_out.values():
+        job.voice.say(going_on(job.prune.quality, STEP, why))
+    return replace(task, levels=decision.levels)
 
 
-def found_by(work: Workplace) -> dict[str, Any]:
-    """What the allocation was decided by, for the report."""
-    return dict(work.journal.steps.get(STEP, {}).get("found", {}))
+def decided(work: Workplace, base: Pattern) -> Decision:
+    """What the allocation has decided, for a run of the pattern `base`."""
+    step = work.journal.steps.get(STEP)
+    return Decision.of(step, base) if step else Decision()
 
 
 def _check_room(shelf: Shelf, settings: Settings) -> None:
@@ -98,15 +114,23 @@ def _check_room(shelf: Shelf, settings: Settings) -> None:
 
 
 def _searched(
-    job: Job, search: Search, source: Source, work: Workplace, task: Task, batches: Sequence[Tensor]
-) -> dict[str, Any]:
-    """What a search finds on the model in memory, as plain JSON types; it goes on where one was ended."""
+    job: Job,
+    search: Search,
+    source: Source,
+    shelf: Shelf,
+    settings: Settings,
+    work: Workplace,
+    task: Task,
+    batches: Sequence[Tensor],
+) -> Decision:
+    """What a search finds on the model in memory; it goes on where one was ended."""
+    _check_room(shelf, settings)
     model = job.choice.open(source, None).model
     chosen = matrices(model, job.prune.targets, job.prune.ignore)
     with evaluating(model), random_state(model):
         walker = checked_walker(model, blocks(model)[1], list(batches), job.voice.say)
         folder = work.folder / SEARCH
-        found = by_search(search, chosen, walker, task, folder, not job.voice.quiet).plain()
+        found = by_search(search, chosen, walker, task, folder, not job.voice.quiet)
     del model, chosen, walker
     trim()
     return found
@@ -147,7 +171,8 @@ def _from_files(
             check_walk(shelf, walker, bar.step)
         blocks = Blocks(walker, hidden, _from_shelf(shelf, hidden if walker else None), task, ranks)
         try:
-            found = by_measure(allocation, chosen, blocks, bar.step)
+            made = partial(by_measure, allocation, chosen, blocks, bar.step)
+            found = where_possible(job.prune.optional("allocation"), made)
         finally:
             shelf.release_rest()
     return Decision.of(ranks.tell(found.plain()), task.pattern)

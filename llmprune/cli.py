@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 TERMINATED = 143  # 128 + SIGTERM
-_COMMANDS = ("prune", "eval", "inspect", "convert", "methods", "allocations")
+_COMMANDS = ("prune", "eval", "inspect", "convert", "methods", "allocations", "qualities")
 
 
 def entry() -> NoReturn:
@@ -47,6 +47,7 @@ def main(argv: Sequence[str]) -> int:
             "convert": _convert,
             "methods": _methods,
             "allocations": _allocations,
+            "qualities": _qualities,
         }
         return commands[command](argv)
     except LLMPruneError as error:
@@ -138,11 +139,22 @@ def prune(argv: Sequence[str], ranks: Ranks) -> int:
 def _config(args: argparse.Namespace) -> PruneConfig:
     """What decides the result."""
     from llmprune.config import PruneConfig
+    from llmprune.quality import Asked, resolve
 
-    return PruneConfig(
-        sparsity=args.sparsity,
+    asked = Asked(
         method=args.method,
         settings=_settings(args.set, "--set"),
+        repair=args.repair,
+        repair_settings=_settings(args.repair_set, "--repair-set"),
+        allocation=args.allocation,
+        allocation_settings=_allocation_settings(args),
+        transforms=[] if args.transform == ["none"] else args.transform,
+        transform_settings=_settings(args.transform_set, "--transform-set"),
+        fisher=args.fisher,
+        fisher_settings=_settings(args.fisher_set, "--fisher-set"),
+    )
+    return PruneConfig(
+        sparsity=args.sparsity,
         within=args.within,
         ragged=args.ragged,
         targets=args.targets,
@@ -155,14 +167,8 @@ def _config(args: argparse.Namespace) -> PruneConfig:
         batch_size=args.batch_size,
         calibrate_all_experts=args.calibrate_all_experts,
         sums=args.sums,
-        repair=args.repair,
-        repair_settings=_settings(args.repair_set, "--repair-set"),
-        allocation=args.allocation,
-        allocation_settings=_allocation_settings(args),
-        transforms=args.transform,
-        transform_settings=_settings(args.transform_set, "--transform-set"),
-        fisher=args.fisher,
-        fisher_settings=_settings(args.fisher_set, "--fisher-set"),
+        quality=args.quality,
+        **vars(resolve(args.quality, args.sparsity, asked)),
     )
 
 
@@ -253,21 +259,24 @@ def _convert(argv: Sequence[str]) -> int:
 
 
 def _methods(argv: Sequence[str]) -> int:
-    return _listing(argv, "methods", "--set")
+    return _listing(argv, "methods", "Every one with its settings (--set key=value).")
 
 
 def _allocations(argv: Sequence[str]) -> int:
-    return _listing(argv, "allocations", "--allocation-set")
+    about = "Every one with its settings (--allocation-set key=value)."
+    return _listing(argv, "allocations", about)
 
 
-def _listing(argv: Sequence[str], what: str, option: str) -> int:
-    parser = parser_for(
-        f"python -m llmprune {what}", f"Every one with its settings ({option} key=value)."
-    )
+def _qualities(argv: Sequence[str]) -> int:
+    about = "What each --quality is made of, as options of the command line, and what it costs."
+    return _listing(argv, "qualities", about)
+
+
+def _listing(argv: Sequence[str], what: str, about: str) -> int:
+    parser = parser_for(f"python -m llmprune {what}", about)
     parser.add_argument("--json", action="store_true", help="print as JSON")
     args = parser.parse_args(argv)
-    from llmprune import listing
+    from llmprune.listing import listed
 
-    entries = listing.methods() if what == "methods" else listing.allocations()
-    print(listing.as_json(entries) if args.json else listing.as_text(entries, option))
+    print(listed(what, as_json=args.json))
     return 0

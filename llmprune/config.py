@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from llmprune import allocation as allocations
 from llmprune import methods
+from llmprune import quality as qualities
 from llmprune.allocation import Allocation
 from llmprune.errors import ConfigError
 from llmprune.fisher import settings as fishers
@@ -15,6 +16,7 @@ from llmprune.fisher.settings import Fisher
 from llmprune.methods.base import Method
 from llmprune.pattern import Pattern, Within, parse
 from llmprune.prune_matrix import Task
+from llmprune.quality import Parts
 from llmprune.refine import settings as repairs
 from llmprune.refine.settings import Repair
 from llmprune.transforms import Transform, build
@@ -23,6 +25,8 @@ from llmprune.transforms import Transform, build
 @dataclass(frozen=True)
 class PruneConfig:
     """Every setting that decides the result; all of it goes into the report.
+
+    A quality is resolved before this is made (`llmprune.quality.resolve`): its parts are in the other fields.
 
     Attributes:
         sparsity: share removed (0.5) or kept:group ("2:4").
@@ -48,6 +52,8 @@ class PruneConfig:
         transform_settings: their own fields; each goes to those that have it.
         fisher: weigh errors by how much the model's output depends on them.
         fisher_settings: the fields of `llmprune.fisher.settings.Fisher`.
+        quality: the name in `llmprune.quality` that parts came from; the run goes on without one of those
+            that the model cannot take.
     """
 
     sparsity: float | str | Pattern = 0.5
@@ -73,6 +79,7 @@ class PruneConfig:
     transform_settings: Mapping[str, Any] = field(default_factory=dict)
     fisher: bool = False
     fisher_settings: Mapping[str, Any] = field(default_factory=dict)
+    quality: str | None = None
 
     def __post_init__(self) -> None:
         method, pattern = self.built()
@@ -80,6 +87,8 @@ class PruneConfig:
         self.allocated().check(method, pattern)
         self.transformations()
         self.weighing()
+        if self.quality is not None:
+            qualities.get(self.quality)
         if self.ragged not in ("error", "dense"):
             raise ConfigError(f"ragged is error or dense, got {self.ragged!r}")
         if self.sums not in ("float32", "float64"):
@@ -143,6 +152,23 @@ class PruneConfig:
             raise ConfigError(f"{given} is of Fisher information: add --fisher (fisher=True)")
         return None
 
+    def optional(self, part: str) -> bool:
+        """Whether the run goes on without `part` where the model cannot take it: its quality brings it."""
+        if self.quality is None:
+            return False
+        own = qualities.get(self.quality).parts(self.built()[1])
+        asked = getattr(self, part)
+        return bool(asked == getattr(own, part) != getattr(Parts(), part))
+
+    def without(self, *parts: str) -> PruneConfig:
+        """The same without these parts."""
+        left: dict[str, Any] = {part: getattr(Parts(), part) for part in parts}
+        left |= {f"{part}_settings": {} for part in parts if part != "fisher"}
+        now = {"fisher": self.fisher, "allocation": self.allocation, **left}
+        if not now["fisher"] and now["allocation"] != "fisher":
+            left["fisher_settings"] = {}
+        return replace(self, **left)
+
     @property
     def needs_data(self) -> bool:
         """Whether calibration windows are read: to prune, or for what is decided before."""
@@ -159,6 +185,7 @@ class PruneConfig:
         method, pattern = self.built()
         repair, weighing = self.repairing(), self.weighing()
         return {
+            "quality": self.quality,
             "method": self.method,
             "settings": method.settings(),
             "sparsity": str(pattern),

@@ -221,11 +221,13 @@ def _recipe(report: Report, pattern: str) -> str:
     recipe, data = report.recipe, report.calibration
     meaning = " (kept of neighbours)" if ":" in pattern else " (share removed)"
     rows = [
+        ("quality", recipe.get("quality")),
         ("method", recipe["method"]),
         *((f"- {key}", value) for key, value in (recipe.get("settings") or {}).items()),
         ("pattern", f"{pattern}{meaning}"),
         ("compared within", recipe.get("within")),
         ("shared out by", report.allocation.get("name")),
+        *((f"{part} left out", why) for part, why in report.left_out.items()),
         ("sparsity of the pruned matrices", f"{report.sparsity:.2%}"),
         ("left dense", sum(1 for layer in report.layers if layer.skipped) or None),
         ("calibration", data and f"{data.samples} windows of {data.seqlen} tokens, {data.source}"),

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import NoReturn
 
 from llmprune.errors import ConfigError
+from llmprune.quality import QUALITIES
 
 _EPILOG = """\
 examples:
   python -m llmprune --model demo --sparsity 0.6 --method sparsegpt
   python -m llmprune --model meta-llama/Llama-3.1-8B --sparsity 2:4 --method wanda --save out
   python -m llmprune --model ./my-model --sparsity 0.5 --calibration my.txt --eval-dataset test.txt
-  python -m llmprune --model ./my-model --sparsity 0.6 --method sparsegpt --set damping=0.05
+  python -m llmprune --model ./my-model --sparsity 0.6 --quality best --save out
 
 other commands:
   python -m llmprune eval --model out        perplexity, or tasks of lm-eval
@@ -22,6 +23,7 @@ other commands:
                                              without its zeros, or dense again
   python -m llmprune methods                 every method with its settings
   python -m llmprune allocations             every allocation with its settings
+  python -m llmprune qualities               what each --quality is made of
 """
 
 
@@ -54,9 +56,7 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
         help="compute in float32, bfloat16 or float16; auto: float32 on a CPU, else the checkpoint's; "
         "saved is the checkpoint's dtype, or this one where it is narrower",
     )
-    group.add_argument(
-        "--device", default="auto", help="auto (CUDA where there is one), cpu, cuda:N"
-    )
+    group.add_argument("--device", default="auto", help="auto (CUDA if there is), cpu, cuda:N")
     group.add_argument("--attention", help="attention backend of transformers (eager, sdpa, ...)")
     group.add_argument(
         "--trust-remote-code", action="store_true", help="let code from the checkpoint run"
@@ -94,7 +94,14 @@ def _pruning_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--sparsity", required=True, help="share removed (0.5), or kept:group (2:4, 4:8, 1:4, ...)"
     )
-    group.add_argument("--method", default="wanda", help="see `python -m llmprune methods` (wanda)")
+    told = ". ".join(f"{name}: {quality.summary}" for name, quality in QUALITIES.items())
+    group.add_argument(
+        "--quality",
+        metavar="NAME",
+        help="a combination of method and what goes beyond it; what you set yourself wins, and --no-repair, "
+        f"--no-fisher and --transform none leave out. {told}".replace("%", "%%"),
+    )
+    group.add_argument("--method", help="see `python -m llmprune methods` (wanda)")
     group.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the method"
     )
@@ -127,7 +134,7 @@ def _quality_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("beyond the method")
     group.add_argument(
         "--repair",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
         help="after each block is pruned, tune what is left of it towards what the dense block gave",
     )
     group.add_argument(
@@ -140,7 +147,7 @@ def _quality_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--fisher",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
         help="weigh errors by how much the model's output depends on them: in rows of a matrix that compete, "
         "and in --repair; measured by one pass back through the blocks",
     )
@@ -157,7 +164,6 @@ def _allocation_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("allocation")
     group.add_argument(
         "--allocation",
-        default="uniform",
         metavar="NAME",
         help="how the sparsity is shared out over blocks or matrices, the total as exact as ever: uniform, "
         "owl, alphapruning, fisher, search; with n:m a mix of levels (uniform)",
@@ -179,9 +185,9 @@ def _allocation_options(parser: argparse.ArgumentParser) -> None:
 def _transform_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("transforms")
     group.add_argument(
-        "--transform", nargs="+", default=[], metavar="NAME",
+        "--transform", nargs="+", metavar="NAME",
         help="change the dense model first so that it computes the same and prunes better: fold, rotate, "
-        "permute (none)",
+        "permute, or none (none)",
     )  # fmt: skip
     group.add_argument(
         "--transform-set", action="append", default=[], metavar="KEY=VALUE", help="of those"

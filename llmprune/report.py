@@ -125,6 +125,8 @@ class Report:
         allocation: what decided how much of each matrix goes, with what it found; empty for uniform.
         transforms: by name what was done to the dense model before: its parts `done`, those `refused` with
             the reason, and `notes`. Where a part was done, weights do not compare with those of the original.
+        left_out: of a run with `--quality`, parts of it that the model cannot take, and why: `repair` or
+            `allocation`. The recipe is without them.
         perplexity: by name, `dense` and `pruned`, when measured.
         seconds: wall clock by phase: `load`, `calibrate`, `prune`, ...
         versions: of python and the packages, the platform and the device.
@@ -138,6 +140,7 @@ class Report:
     calibration: CalibrationReport | None = None
     allocation: dict[str, Any] = field(default_factory=dict)
     transforms: dict[str, Any] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
     perplexity: dict[str, PerplexityReport] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -189,6 +192,7 @@ class Report:
                 f"damping raised: {len(raised)} (most at {most.name}, to {most.notes['damping']:g})"
             )
         lines += self._transformed()
+        lines += [f"{part} left out: {why}" for part, why in self.left_out.items()]
         lines += self._repaired()
         for name, result in self.perplexity.items():
             lines.append(

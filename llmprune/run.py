@@ -22,19 +22,14 @@ from llmprune.errors import ConfigError
 from llmprune.fisher.known import Known
 from llmprune.fisher.measure import check_measurable, known_in_memory
 from llmprune.memory import default_batch
-from llmprune.model import (
-    Matrix,
-    blocks,
-    check_weights,
-    matrices,
-    unwrapped,
-)
+from llmprune.model import Matrix, blocks, check_weights, matrices, unwrapped
 from llmprune.observe import check_floodable
 from llmprune.pattern import Pattern, Within
 from llmprune.preserve import evaluating, random_state
 from llmprune.progress import Bar, timed
 from llmprune.provenance import describe, versions
 from llmprune.prune_matrix import Task, check_fit, prune_matrix
+from llmprune.quality import Asked, going_on, resolve
 from llmprune.refine.repair import check_repairable
 from llmprune.report import LayerReport, RepairReport, Report
 from llmprune.sweep import prune_blocks
@@ -49,7 +44,8 @@ def prune(
     *,
     calibration: Any = "wikitext2",
     sparsity: float | str | Pattern = 0.5,
-    method: str = "wanda",
+    quality: str | None = None,
+    method: str | None = None,
     settings: Mapping[str, Any] | None = None,
     within: Within | None = None,
     ragged: Literal["error", "dense"] = "error",
@@ -62,13 +58,13 @@ def prune(
     batch_size: int | None = None,
     calibrate_all_experts: bool = False,
     sums: Literal["float32", "float64"] = "float32",
-    repair: bool = False,
+    repair: bool | None = None,
     repair_settings: Mapping[str, Any] | None = None,
-    allocation: str = "uniform",
+    allocation: str | None = None,
     allocation_settings: Mapping[str, Any] | None = None,
-    transforms: Sequence[str] = (),
+    transforms: Sequence[str] | None = None,
     transform_settings: Mapping[str, Any] | None = None,
-    fisher: bool = False,
+    fisher: bool | None = None,
     fisher_settings: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Report:
@@ -83,6 +79,9 @@ def prune(
         tokenizer: needed when `calibration` is text.
         calibration: dataset, file, `demo`, texts, ids [n, seqlen], or DataLoader.
         sparsity: share removed (0.5) or kept:group ("2:4").
+        quality: `fast`, `balanced` or `best` (`llmprune.quality`): the parts that are not given here; None is
+            Wanda alone. A part of it that the model cannot take is left out, and the report says so; False,
+            or no transforms, leaves one out in any case.
         method: name of a method.
         settings: the method's own fields.
         within: comparison group of a share; None is the method's own.
@@ -115,10 +114,12 @@ def prune(
     Raises:
         LLMPruneError: one of its kinds, with a message that says what would work.
     """
+    asked = Asked(
+        method, settings, repair, repair_settings, allocation, allocation_settings,
+        transforms, transform_settings, fisher, fisher_settings,
+    )  # fmt: skip
     config = PruneConfig(
         sparsity=sparsity,
-        method=method,
-        settings=settings or {},
         within=within,
         ragged=ragged,
         targets=targets,
@@ -131,14 +132,8 @@ def prune(
         batch_size=batch_size,
         calibrate_all_experts=calibrate_all_experts,
         sums=sums,
-        repair=repair,
-        repair_settings=repair_settings or {},
-        allocation=allocation,
-        allocation_settings=allocation_settings or {},
-        transforms=transforms,
-        transform_settings=transform_settings or {},
-        fisher=fisher,
-        fisher_settings=fisher_settings or {},
+        quality=quality,
+        **vars(resolve(quality, sparsity, asked)),
     )
     return prune_with(config, model, tokenizer, progress=progress)
 
@@ -168,12 +163,18 @@ def prune_with(
     begun = time.perf_counter()
     with evaluating(model), random_state(model):
         walker = _walker(model, data, config, say) if data is not None else None
+        config, left_out = _able(config, walker, say)
+        task = config.task()
         with timed(seconds, "transforms"):
             transformed = _transformed(walker, config, stored or {}, say, progress)
         with timed(seconds, "fisher"):
             task = replace(task, fisher=_known(walker, chosen, config, progress))
         with timed(seconds, "allocation"):
-            decision = decide(config.allocated(), chosen, walker, task, progress)
+            optional = config.optional("allocation")
+            decision = decide(config.allocated(), chosen, walker, task, progress, optional)
+        for why in decision.left_out.values():
+            say(going_on(config.quality, "allocation", why))
+        left_out |= decision.left_out
         task = replace(task, levels=decision.levels)
         for matrix, report, keep in _pruned(walker, chosen, task, progress, repaired.append):
             layers[matrix.name] = report
@@ -189,7 +190,7 @@ def prune_with(
         if not used:
             del seconds[phase]
     result = Report(
-        recipe=config.recipe(),
+        recipe=config.without(*left_out).recipe(),
         model=describe(model),
         layers=[layers[matrix.name] for matrix in chosen],
         walk=walker.kind if walker else None,
@@ -197,6 +198,7 @@ def prune_with(
         calibration=data.report() if data else None,
         allocation=decision.found,
         transforms=transformed,
+        left_out=left_out,
         seconds=seconds,
         versions=versions(next(model.parameters()).device),
     )
@@ -221,12 +223,35 @@ def _walker(
     """What runs the blocks of `model` on the windows of `data`, checked."""
     device = next(model.parameters()).device
     size = config.batch_size or default_batch(device, data.ids.shape[1])
-    walker = checked_walker(model, blocks(model)[1], list(data.batches(size)), say)
-    if config.repair:
-        check_repairable(walker)
-    if config.weighing() is not None:
-        check_measurable(walker)
-    return walker
+    return checked_walker(model, blocks(model)[1], list(data.batches(size)), say)
+
+
+def _able(
+    config: PruneConfig, walker: Walker | None, say: Callable[[str], None]
+) -> tuple[PruneConfig, dict[str, str]]:
+    """`config` without the parts that its quality brings and the model cannot take, and why.
+
+    Raises:
+        ConfigError: for a part that the user has asked for.
+    """
+    left_out: dict[str, str] = {}
+    if walker is None:
+        return config, left_out
+    parts = {
+        "repair": (config.repair, check_repairable),
+        "fisher": (config.fisher, check_measurable),
+        "allocation": (config.allocation == "fisher", check_measurable),
+    }
+    for part, (asked, check) in parts.items():
+        try:
+            if asked:
+                check(walker)
+        except ConfigError as error:
+            if not config.optional(part):
+                raise
+            left_out[part] = str(error).partition(";")[0]  # behind it is what to do about it
+            say(going_on(config.quality, part, left_out[part]))
+    return config.without(*left_out), left_out
 
 
 def _transformed(

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import math
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,32 +19,31 @@ import torch
 from torch import Tensor
 
 from llmprune import hub, loading
-from llmprune.allocate import allocated, found_by
+from llmprune.allocate import allocated, decided
 from llmprune.by_block import losses_by_block, share_windows
 from llmprune.calibration import Calibration
 from llmprune.checkpoint.save import check_target, write_side_files
 from llmprune.checkpoint.shelf import Shelf
 from llmprune.checkpoint.skeleton import open_shelf
 from llmprune.checkpoint.tensors import raw
-from llmprune.deliver import check_layout
+from llmprune.chosen import able, choose
 from llmprune.errors import CheckpointError, ConfigError, NotByBlock
 from llmprune.eval.perplexity import Losses, model_losses
 from llmprune.informed import informed
 from llmprune.loading import Source
-from llmprune.memory import budget, fits, least, parse_size
-from llmprune.model import Matrix, check_vocabulary, matrices
-from llmprune.observe import check_floodable
+from llmprune.memory import budget, fits, parse_size
+from llmprune.model import Matrix, check_vocabulary
 from llmprune.order import Job, Text
 from llmprune.packed_result import pack, room_to_pack
 from llmprune.preserve import evaluating, random_state
 from llmprune.progress import Bar, timed
 from llmprune.provenance import describe, versions
-from llmprune.prune_matrix import Task, check_fit
+from llmprune.prune_matrix import Task
 from llmprune.report import LayerReport, PerplexityReport, RepairReport, Report
 from llmprune.stopping import Stopping, on_sigterm
 from llmprune.stream import Streaming
 from llmprune.transformed import Dense, transformed
-from llmprune.workplace import Settings, Workplace, batch_size, open_workplace, repaired_at_once
+from llmprune.workplace import Settings, Workplace, batch_size, open_workplace
 
 
 def run_to_disk(job: Job, source: Source, tokenizer: Any, text: Text | None) -> Report | None:
@@ -87,10 +85,11 @@ def _to_target(
     target: Path,
 ) -> Report:
     """Prune into the folder of unfinished work beside `target`, and put it in place at the end."""
-    _chosen(job, shelf, settings)  # refused now, or not at all
+    job, left_out = able(job, shelf, settings)
+    choose(job, shelf, settings)  # refused now, or not at all
     dense = transformed(job, source, shelf, settings, target)
     shelf = dense.shelf
-    chosen, task = _chosen(job, shelf, settings)
+    chosen, task = choose(job, shelf, settings)
     given = job.prune.calibration
     data = given if isinstance(given, Calibration) and job.prune.needs_data else None
     if data is not None:
@@ -111,42 +110,30 @@ def _to_target(
         with on_sigterm(job.ranks) as stopping:
             if job.prune.allocation == "search":
                 stopping.left = "the same command goes on with its search"
-            run = _Run(job, source, tokenizer, text, dense, settings, work, stopping)
+            run = _Run(job, source, tokenizer, text, dense, settings, work, stopping, left_out)
             report = run.report(*run.prune(chosen, task, data), data)
             if job.ranks.leads:
                 run.finish(target, report)
+    except NotByBlock:
+        if not work.blocks:
+            work.journal.discard()  # the run goes on in memory, or not at all
+        raise
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        raise CheckpointError(
-            f"{error.filename or work.folder} could not be written: {error.strerror or error}; "
-            f"{'make room and ' if full else ''}give the same command again: it goes on behind the last "
-            "finished block"
-        ) from error
+        raise _unwritten(error, work) from error
     finally:
         work.close()
         dense.clear(unless=work.folder)
     return report
 
 
-def _chosen(job: Job, shelf: Shelf, settings: Settings) -> tuple[list[Matrix], Task]:
-    """The matrices to prune, once it is known that they can be, and what to do to them."""
-    task = job.prune.task()
-    for name, source in shelf.tied.items():
-        if name.startswith(f"{shelf.prefix}."):
-            raise NotByBlock(f"{name} is {source} too, so blocks cannot be pruned one at a time")
-    chosen = matrices(shelf.model, job.prune.targets, job.prune.ignore)
-    check_fit(chosen, task.pattern, job.prune.ragged)
-    check_layout(shelf, chosen, task.repair)
-    if task.all_experts:
-        check_floodable(chosen)
-    at_once = repaired_at_once(job.prune, settings.device)
-    need = least(list(shelf.layers), chosen, task.method, at_once)
-    if job.max_memory is not None and need > settings.budget.device:
-        raise ConfigError(
-            f"--max-memory {job.max_memory} is less than one block of this model needs with "
-            f"{job.prune.method}: {math.ceil(need / 1e8) / 10}GB"
-        )
-    return chosen, task
+def _unwritten(error: OSError, work: Workplace) -> CheckpointError:
+    """What to do where something could not be written."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return CheckpointError(
+        f"{error.filename or work.folder} could not be written: {error.strerror or error}; "
+        f"{'make room and ' if full else ''}give the same command again: it goes on behind the last "
+        "finished block"
+    )
 
 
 def _say_what(job: Job, shelf: Shelf, chosen: list[Matrix], data: Calibration | None) -> None:
@@ -171,6 +158,7 @@ class _Run:
     settings: Settings
     work: Workplace
     stopping: Stopping
+    left_out: Mapping[str, str]
     measured: dict[str, PerplexityReport] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -260,8 +248,10 @@ class _Run:
                 attention=job.choice.attention,
             )
             self._measure("pruned", written, pruned)
+        decision = decided(self.work, job.prune.built()[1])
+        left_out = {**self.left_out, **decision.left_out}
         found = Report(
-            recipe=job.prune.recipe(),
+            recipe=job.prune.without(*left_out).recipe(),
             model={
                 **describe(shelf.model),
                 "name": job.choice.model,
@@ -270,7 +260,8 @@ class _Run:
             layers=layers,
             walk="blocks" if data is not None else None,
             repair=repaired,
-            allocation=found_by(self.work),
+            allocation=decision.found,
+            left_out=left_out,
             calibration=data.report() if data is not None else None,
             perplexity=self.measured,
             seconds={

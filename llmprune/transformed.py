@@ -186,7 +186,7 @@ def _make_room(shelf: Shelf, data: Calibration, settings: Settings, folder: Path
     if need > free:
         raise CheckpointError(
             f"{folder} needs {size(need)} for the transformed model while the run lasts, and its disk has "
-            f"{size(free)} free; make room or choose another disk"
+            f"{size(free)} free; make room, choose another disk, or do without (--transform none)"
         )
 
 

@@ -28,6 +28,7 @@ FLOORS = (
     {
         "order",
         "allocate",
+        "chosen",
         "workplace",
         "packed_result",
         "deliver",

@@ -15,6 +15,7 @@ from llmprune.allocation.fisher import ByFisher
 from llmprune.allocation.measuring import Blocks, NoLevels, decided, in_memory, leveled, units
 from llmprune.allocation.search import Search
 from llmprune.allocation.searching import Searching
+from llmprune.errors import ConfigError
 from llmprune.model import Matrix
 from llmprune.pattern import Level, Pattern, as_text, from_text
 from llmprune.progress import Bar
@@ -29,20 +30,37 @@ class Decision:
     Attributes:
         levels: of every matrix that gets one of its own, by name.
         found: what it was decided by, for the report: plain JSON types.
+        left_out: why an allocation that may be left out was, and nothing decided; else empty.
     """
 
     levels: Mapping[str, Level] = field(default_factory=dict)
     found: dict[str, Any] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def plain(self) -> dict[str, Any]:
         """As plain JSON types."""
-        return {"levels": {n: as_text(v) for n, v in self.levels.items()}, "found": self.found}
+        levels = {n: as_text(v) for n, v in self.levels.items()}
+        return {"levels": levels, "found": self.found, "left_out": self.left_out}
 
     @classmethod
     def of(cls, plain: Mapping[str, Any], base: Pattern) -> Decision:
         """What `plain` gave, for a run of the pattern `base`."""
         levels = {name: from_text(text, base) for name, text in plain["levels"].items()}
-        return cls(levels, plain["found"])
+        return cls(levels, plain["found"], plain["left_out"])
+
+
+def where_possible(optional: bool, made: Callable[[], Decision]) -> Decision:
+    """What `made` gives; of an `optional` allocation that it refuses, why.
+
+    Raises:
+        ConfigError: of one that is not.
+    """
+    try:
+        return made()
+    except ConfigError as error:
+        if not optional:
+            raise
+        return Decision(left_out={"allocation": str(error)})
 
 
 def decide(
@@ -51,8 +69,23 @@ def decide(
     walker: Walker | None,
     task: Task,
     progress: bool,
+    optional: bool,
 ) -> Decision:
-    """Decide for a model in memory, whose weights are as before afterwards."""
+    """Decide for a model in memory, whose weights are as before afterwards.
+
+    Raises:
+        ConfigError: where an allocation that is not `optional` finds no levels.
+    """
+    return where_possible(optional, lambda: _decided(allocation, chosen, walker, task, progress))
+
+
+def _decided(
+    allocation: Allocation,
+    chosen: Sequence[Matrix],
+    walker: Walker | None,
+    task: Task,
+    progress: bool,
+) -> Decision:
     if isinstance(allocation, Search):
         assert walker is not None  # it needs data
         with tempfile.TemporaryDirectory(prefix="llmprune-search-") as folder:

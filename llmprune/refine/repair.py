@@ -36,18 +36,16 @@ def check_repairable(walker: Walker) -> None:
     Raises:
         ConfigError: naming its class.
     """
-    if why := unrepairable(walker):
-        raise ConfigError(f"{why}; leave --repair out")
-
-
-def unrepairable(walker: Walker) -> str | None:
-    """Why blocks cannot be repaired; None where they can."""
     name = type(walker.model).__name__
     if not walker.passes_on:
-        return f"{name} keeps state outside its blocks, so none can be repaired by itself"
+        raise ConfigError(
+            f"{name} keeps state outside its blocks, so none can be repaired by itself; leave --repair out"
+        )
     if walker.axis is None:
-        return f"the blocks of {name} do not keep windows apart, so they cannot be learnt from one by one"
-    return None
+        raise ConfigError(
+            f"the blocks of {name} do not keep windows apart, so they cannot be learnt from one by one; "
+            "leave --repair out"
+        )
 
 
 MOST = 1 / 3  # of the damage that steps are measured by: a choice, for pruning that leaves little
