@@ -156,7 +156,7 @@ def _quality_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="a setting of that: tokens, mix, rows, seed; also for --allocation fisher",
+        help="a setting of that: tokens, mix, rows, temperature, seed; also for --allocation fisher",
     )
 
 

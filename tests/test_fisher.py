@@ -51,7 +51,7 @@ def by_hand(
     hooks = [block.register_forward_hook(keep) for block in blocks(model)[1]]
     for number in range(0, len(ids), group):
         passed.clear()
-        logits = model(input_ids=ids[number : number + group], use_cache=False).logits
+        logits = model(input_ids=ids[number : number + group], use_cache=False).logits / 2
         loss = torch.zeros(())
         for window, own in enumerate(logits):
             draw = torch.Generator().manual_seed(seed + number + window)
@@ -77,7 +77,7 @@ def test_it_is_that_of_the_whole_model(kind: str) -> None:
     model = llama() if kind == "llama" else tiny(kind)
     model.float().eval()
     ids = IDS % model.config.get_text_config().vocab_size
-    found = known(model, ids, seed=3)
+    found = known(model, ids, seed=3, temperature=2.0)
     squares, metrics = by_hand(model, ids, TOGETHER // ids.shape[1], seed=3)
     factors = []
     for index, metric in enumerate(metrics):
@@ -278,6 +278,7 @@ class TestRefusals:
         [
             ({"tokens": 0}, "tokens of fisher is a number from 1 on, got 0"),
             ({"mix": 2}, "mix of fisher is a share from 0 to 1, got 2"),
+            ({"temperature": 0}, "temperature of fisher is a number from 0.1 to 100, got 0"),
             ({"seed": -1}, "seed of fisher is a number from 0 on"),
             ({"mixx": 1}, "fisher has no setting 'mixx'"),
         ],

@@ -1,10 +1,10 @@
 """Measure Fisher information block by block: once forward, once back.
 
-At each token a next one is drawn from what the model itself predicts, and the gradient of its log
-probability is taken: outer products of it, averaged, are the Fisher information, by which the KL divergence
-of a changed model from this one begins (Martens 2020, arXiv 1412.1193, sec. 5). Of that the diagonal by two
-factors is kept for each matrix, rows and columns of squared gradients, and of each block the Gram matrix of
-gradients by the hidden state it passes on.
+At each token a next one is drawn from what the model itself predicts, at `Fisher.temperature`, and the
+gradient of its log probability is taken: outer products of it, averaged, are the Fisher information, by
+which the KL divergence of a changed model from this one begins (Martens 2020, arXiv 1412.1193, sec. 5). Of
+that the diagonal by two factors is kept for each matrix, rows and columns of squared gradients, and of each
+block the Gram matrix of gradients by the hidden state it passes on.
 
 Gradients of several tokens are summed before they are squared. As next tokens are drawn each by itself, what
 two of them have in common is zero on average, so that the sum of squares stays what it should be.
@@ -156,7 +156,7 @@ class Measuring:
             with torch.enable_grad():
                 logits = self.walker.logits_on(ids, hidden)
                 seeds = [self.settings.seed + n for n in numbers]
-                wanted = _of_drawn(logits.detach(), seeds)
+                wanted = _of_drawn(logits.detach() / self.settings.temperature, seeds)
                 if group == 0:
                     size = float(wanted.square().mean().sqrt())
                     scale = self.ranks.tell(1 / size if size > 0 else 1.0)

@@ -20,12 +20,15 @@ class Fisher:
         mix: share of it in the error that a repair lowers; the rest weighs all features alike, for what
             few tokens show of each direction is noise. 0 leaves the repair as it is.
         rows: whether rows of a matrix are weighed against each other, where weights of several compete.
+        temperature: of the predictions that next tokens are drawn from. At 1 a token that the model is sure
+            of has no gradient, though pruning may make it unsure; above 1 it has.
         seed: of the next tokens that are drawn.
     """
 
-    tokens: int = 32768
+    tokens: int = 16384
     mix: float = 0.9
     rows: bool = True
+    temperature: float = 3.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -33,6 +36,10 @@ class Fisher:
             raise ConfigError(f"setting tokens of fisher is a number from 1 on, got {self.tokens}")
         if not 0 <= self.mix <= 1:
             raise ConfigError(f"setting mix of fisher is a share from 0 to 1, got {self.mix:g}")
+        if not 0.1 <= self.temperature <= 100:
+            raise ConfigError(
+                f"setting temperature of fisher is a number from 0.1 to 100, got {self.temperature:g}"
+            )
         if not 0 <= self.seed < 2**31:
             raise ConfigError(f"setting seed of fisher is a number from 0 on, got {self.seed}")
 
