@@ -30,6 +30,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from statistics import fmean
@@ -38,6 +39,8 @@ from typing import Any
 import numpy as np
 import torch
 from frontier_figures import DENSE, draw, told
+
+from llmprune.quality import Asked, Parts, resolve
 
 PATTERNS = ("0.7", "2:4", "0.6", "0.5", "4:8")
 RECIPES: dict[str, dict[str, Any]] = {
@@ -53,8 +56,18 @@ RECIPES: dict[str, dict[str, Any]] = {
     "sparsegpt + swaps": {"method": "sparsegpt", "settings": {"refit": True, "refit_swaps": 1}},
     "sparsegpt + repair": {"method": "sparsegpt", "settings": {"refit": True}, "repair": True},
     "alps + repair": {"method": "alps", "repair": True},
+    "sparsegpt + owl": {"method": "sparsegpt", "allocation": "owl"},
+    "sparsegpt + alphapruning": {"method": "sparsegpt", "allocation": "alphapruning"},
+    "sparsegpt + fisher": {"method": "sparsegpt", "allocation": "fisher", "fisher": True},
+    "alps + fisher": {"method": "alps", "allocation": "fisher", "fisher": True},
+    "balanced": {"quality": "balanced"},
+    "best": {"quality": "best"},
 }
-FIRST = ("sparsegpt", "alps")  # every other recipe is told against SparseGPT
+FIRST = (
+    "sparsegpt",
+    "best",
+    "balanced",
+)  # every other is told against SparseGPT, which is `fast` too
 HELD = 32  # windows of the test text that the layer error is measured on
 PLACE = ("model", "pattern", "name", "seed")  # one cell of the file
 KEY = (*PLACE, "weights", "recipe", "windows")  # what it was measured with
@@ -147,7 +160,16 @@ def cells(args: argparse.Namespace, recipes: dict[str, dict[str, Any]]) -> Itera
         for pattern in args.patterns:
             for model in paths:
                 for name in order:
-                    yield cell(model, pattern, name, recipes[name], seed)
+                    yield cell(model, pattern, name, spelled(recipes[name], pattern), seed)
+
+
+def spelled(recipe: dict[str, Any], pattern: str) -> dict[str, Any]:
+    """`recipe` with the parts that a quality stands for under `pattern`, in place of its name."""
+    if "quality" not in recipe:
+        return recipe
+    parts = asdict(resolve(recipe["quality"], pattern, Asked()))
+    plain = asdict(Parts())
+    return {key: value for key, value in parts.items() if key == "method" or value != plain[key]}
 
 
 def folder(model: str, given: list[str]) -> Path:

@@ -24,7 +24,7 @@ class Part:
         rows: of each matrix by its name: squares of the gradient of log p(token), summed over the inputs
             of each output. [out] float32.
         counts: how many of its weights have a saliency in each bin: [BINS] int64.
-        metric: sums of g g^T, where g is the gradient by the hidden state that the block passes on:
+        metric: sums of g g^T / |g|^2, where g is the gradient by the hidden state that the block passes on:
             [width, width] float32.
     """
 

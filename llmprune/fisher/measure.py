@@ -3,8 +3,9 @@
 At each token a next one is drawn from what the model itself predicts, at `Fisher.temperature`, and the
 gradient of its log probability is taken: outer products of it, averaged, are the Fisher information, by
 which the KL divergence of a changed model from this one begins (Martens 2020, arXiv 1412.1193, sec. 5). Of
-that the diagonal by two factors is kept for each matrix, rows and columns of squared gradients, and of each
-block the Gram matrix of gradients by the hidden state it passes on.
+that the diagonal by two factors is kept for each matrix, rows and columns of squared gradients. Of each block
+it is the Gram matrix of gradients by the hidden state that it passes on, each brought to length one: else the
+few tokens that the model is least sure of would decide alone which directions count.
 
 Gradients of several tokens are summed before they are squared. As next tokens are drawn each by itself, what
 two of them have in common is zero on average, so that the sum of squares stays what it should be.
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from llmprune.errors import ConfigError, ModelError, NumericalError
 from llmprune.fisher.known import Known, Part, histogram
@@ -179,7 +181,7 @@ class Measuring:
                 index, len(self.walker.layers), f"backward {group + 1}/{len(self._groups)}"
             )
             outer = gradients[group].to(self.walker.device)
-            flat = outer.reshape(-1, width).float()
+            flat = normalize(outer.reshape(-1, width).float(), dim=1)
             metric.addmm_(flat.T, flat)
             before = self.kept.take(index - 1, group)
             inner = [] if before is None else [before.to(self.walker.device).requires_grad_(True)]

@@ -26,7 +26,7 @@ class Fisher:
     """
 
     tokens: int = 16384
-    mix: float = 0.9
+    mix: float = 0.5
     rows: bool = True
     temperature: float = 3.0
     seed: int = 0
