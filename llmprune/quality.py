@@ -95,22 +95,42 @@ class Quality:
 
 
 _FAST = Parts(method="sparsegpt")
-_BALANCED = Parts(
-    method="sparsegpt", settings={"refit": True}, repair=True, repair_settings={"epochs": 0.5}
-)
+_REFIT = {"refit": True}
 
 QUALITIES: dict[str, Quality] = {
     "fast": Quality("SparseGPT alone, for the largest models and a first look", _FAST, _FAST),
     "balanced": Quality(
-        "SparseGPT with the best values for its mask and a short repair of each block",
-        _BALANCED,
-        _BALANCED,
+        "SparseGPT with the best values for its mask and a short repair of each block; the share of each "
+        "matrix by Fisher information",
+        Parts(
+            method="sparsegpt",
+            settings=_REFIT,
+            repair=True,
+            repair_settings={"epochs": 0.5},
+            allocation="fisher",
+            fisher=True,
+            fisher_settings={"tokens": 8192},
+        ),
+        Parts(method="sparsegpt", settings=_REFIT, repair=True, repair_settings={"epochs": 1.0}),
     ),
     "best": Quality(
         "all there is for the lowest perplexity: the dense model is rotated (for n:m permuted), then ALPS "
-        "prunes each block and a repair tunes it",
-        Parts(method="alps", repair=True, transforms=("rotate",)),
-        Parts(method="alps", repair=True, transforms=("permute",)),
+        "prunes each block and a long repair tunes it, weighed by Fisher information",
+        Parts(
+            method="alps",
+            repair=True,
+            repair_settings={"epochs": 8.0},
+            allocation="fisher",
+            transforms=("rotate",),
+            fisher=True,
+        ),
+        Parts(
+            method="alps",
+            repair=True,
+            repair_settings={"epochs": 8.0},
+            transforms=("permute",),
+            fisher=True,
+        ),
     ),
 }
 
