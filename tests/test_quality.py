@@ -452,9 +452,10 @@ def test_from_disk_state_outside_of_blocks_is_gone_around(
 
 
 def test_a_block_that_memory_takes_without_repair_alone(
-    source: Path, tmp_path: Path, capsys: Any
+    source: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a limit that the user sets, the plain method is what counts."""
+    monkeypatch.setitem(QUALITIES, "own", quality("wanda", repair=True))
     options = ("--sparsity", "0.5", "--max-memory", SLACK + 2**20, "--seqlen", 32)
     wide = ("--samples", 64, "--batch-size", 64)
     plain = runs(source, tmp_path / "a", *options, *wide, "--method", "wanda")
@@ -462,7 +463,7 @@ def test_a_block_that_memory_takes_without_repair_alone(
     asked = runs(source, tmp_path / "b", *options, *wide, "--method", "wanda", "--repair")
     assert asked() == 2
     assert "with wanda and a repair" in capsys.readouterr().err
-    by_name = ("--quality", "balanced", "--method", "wanda")
+    by_name = ("--quality", "own")
     run = runs(source, tmp_path / "c", *options, *wide, *by_name)
     assert run() == 0
     assert "going on without repair: --max-memory 1074790400 is less" in capsys.readouterr().err
