@@ -59,16 +59,14 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
     tokenizer = new_tokenizer(args.train)
-    ids = encoded(tokenizer, args.train)
+    ids, unseen = encoded(tokenizer, args.train), encoded(tokenizer, args.validation)
     model = SHAPES[args.shape](len(tokenizer))
     begun = time.process_time()
     steps = train(model, ids, args)
     seconds = time.process_time() - begun
     model.eval().to(torch.bfloat16).save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
-    found = perplexity(
-        model.float(), encoded(tokenizer, args.validation), seqlen=WINDOW, dataset="validation"
-    )
+    found = perplexity(model.float(), unseen, seqlen=WINDOW, dataset="validation")
     about = {
         "shape": args.shape,
         "parameters": model.num_parameters(),
