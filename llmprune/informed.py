@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from llmprune.checkpoint.shelf import Shelf
+from llmprune.fisher.kept import OnDisk
 from llmprune.fisher.known import Known, Part
-from llmprune.fisher.measure import Kept, Measuring, Open
+from llmprune.fisher.measure import Measuring, Open
 from llmprune.lockstep import check_walk
 from llmprune.model import Matrix
 from llmprune.order import Job
@@ -35,12 +36,12 @@ def informed(
     work: Workplace,
     chosen: Sequence[Matrix],
     task: Task,
-    own: Sequence[Tensor],
+    batches: Sequence[Tensor],
     seconds: dict[str, float],
 ) -> Task:
     """`task` with what an earlier run has measured of the model on the shelf, or what is measured now.
 
-    `own` are the calibration batches of this process.
+    `batches` are the calibration windows of all processes.
 
     Raises:
         NotByBlock: when blocks of this family cannot be run alone.
@@ -52,33 +53,39 @@ def informed(
         return task
     folder = work.folder / FISHER
     known = journal.steps.get(STEP, {}).get("files", {})
-    if known and job.ranks.tell(_whole(folder, known) if job.ranks.leads else None):
+    if known and all(job.ranks.gather(not _writes(job) or _whole(folder, known))):
         job.voice.say("Fisher information is what was measured earlier")
     else:
         job.voice.say(
             "measuring how much the output depends on what, one pass back through the blocks"
         )
         with timed(seconds, STEP), evaluating(shelf.model), random_state(shelf.model):
-            _measure(job, shelf, work, chosen, own)
-        found = _digests(folder) if job.ranks.leads else {}
-        journal.add(STEP, {"files": found})
-        job.ranks.any(False)  # the others read what rank 0 has written
+            _measure(job, shelf, work, chosen, batches)
+        journal.add(STEP, {"files": _digests(folder) if job.ranks.leads else {}})
+        job.ranks.any(False)  # what is read from here on is written on every machine
     return replace(task, fisher=Known(settings, lru_cache(maxsize=1)(_reader(folder, chosen))))
 
 
+def _writes(job: Job) -> bool:
+    """Whether this process writes for those on its machine; what is measured is the same on all."""
+    return job.ranks.local == 0
+
+
 def _measure(
-    job: Job, shelf: Shelf, work: Workplace, chosen: Sequence[Matrix], own: Sequence[Tensor]
+    job: Job, shelf: Shelf, work: Workplace, chosen: Sequence[Matrix], batches: Sequence[Tensor]
 ) -> None:
     """Write a file for each block into the folder for them."""
     settings = job.prune.weighing()
     assert settings is not None
     folder = work.folder / FISHER
     folder.mkdir(exist_ok=True)
-    walker = Walker(shelf.model, shelf.layers, own, shelf.device)
+    walker = Walker(shelf.model, shelf.layers, batches, shelf.device)
 
     def done(index: int, part: Part) -> None:
-        if job.ranks.leads:
-            _write(folder / _name(index), part)
+        if _writes(job):
+            beside = folder / f"process-{job.ranks.rank}"  # machines may share a disk
+            _write(beside, part)
+            beside.replace(folder / _name(index))
 
     with (
         tempfile.TemporaryDirectory(dir=work.folder, prefix="fisher-") as place,
@@ -92,38 +99,6 @@ def _measure(
             run.run()
         finally:
             shelf.release_rest()
-
-
-class OnDisk(Kept):
-    """Hidden states in files that go with their folder.
-
-    Attributes:
-        folder: for them.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__()
-        self.folder = folder
-
-    def put(self, block: int, group: int, hidden: Tensor) -> None:
-        """Write what `block` passes on."""
-        from safetensors.torch import save_file
-
-        save_file({"hidden": hidden.cpu().contiguous()}, self._file(block, group))
-
-    def take(self, block: int, group: int) -> Tensor | None:
-        """Read it; None before the first block."""
-        from safetensors.torch import load_file
-
-        return None if block < 0 else load_file(self._file(block, group))["hidden"]
-
-    def forget(self, block: int) -> None:
-        """Give the room of what `block` passes on back."""
-        for file in self.folder.glob(f"{block}-*.safetensors"):
-            file.unlink()
-
-    def _file(self, block: int, group: int) -> Path:
-        return self.folder / f"{block}-{group}.safetensors"
 
 
 def _opened(shelf: Shelf, walker: Walker) -> Open:

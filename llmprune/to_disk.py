@@ -174,7 +174,7 @@ class _Run:
         given = list(data.batches(size)) if data is not None else []
         batches, shelf = self._own(given) if given else [], self.dense.shelf
         at = self.dense.source, shelf, self.settings, self.work
-        task = informed(job, shelf, self.work, chosen, task, batches, self.seconds)
+        task = informed(job, shelf, self.work, chosen, task, given, self.seconds)
         task = allocated(job, *at, chosen, task, given, batches, self.seconds)
         with (
             timed(self.seconds, "prune"),

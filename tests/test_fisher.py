@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from llmprune.allocation.fisher import ByFisher
 from llmprune.cli import main
 from llmprune.errors import ConfigError
 from llmprune.fisher import measure
+from llmprune.fisher.kept import Kept
 from llmprune.fisher.known import BINS, Known, Part, histogram
 from llmprune.fisher.measure import known_in_memory
 from llmprune.fisher.settings import TOGETHER, Fisher
@@ -92,7 +94,8 @@ def test_it_is_that_of_the_whole_model(kind: str) -> None:
             torch.testing.assert_close(part.rows[m.name] / factor, rows, rtol=2e-3, atol=1e-7)
             by = histogram(m.weight, rows * factor, squares[m.name].sum(0) * factor)
             assert int((by - part.counts[m.name]).abs().sum()) <= 0.05 * m.weight.numel()
-            assert int(part.counts[m.name].sum()) == m.weight.numel()
+            reached = bool(part.rows[m.name].any())
+            assert int(part.counts[m.name].sum()) == (m.weight.numel() if reached else 0)
     assert max(sizes) > 0
 
 
@@ -104,6 +107,77 @@ def test_it_leaves_the_model_as_it_was() -> None:
         assert torch.equal(parameter, before[name])
         assert parameter.grad is None
         assert parameter.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_half_precision(dtype: torch.dtype, method: str) -> None:
+    """Of a model that is in training, with frozen weights; values that come back late have its dtype."""
+    model = llama(dtype).requires_grad_(False).train()
+    report = llmprune.prune(
+        model, calibration=IDS, sparsity=0.6, method=method, within="matrix", fisher=True,
+        allocation="fisher", repair=True, repair_settings={"epochs": 1}, progress=False,
+    )  # fmt: skip
+    assert model.training
+    assert sum(int((m.weight != 0).sum()) for m in matrices(model)) <= sum(
+        layer.kept for layer in report.layers
+    )
+    whole, half = (known(llama(d)).part(0) for d in (torch.float32, dtype))
+    assert whole is not None
+    assert half is not None
+    alike = torch.cosine_similarity(whole.metric.flatten(), half.metric.flatten(), dim=0)
+    assert float(alike) > 0.95
+
+
+def test_blocks_below_the_first_chosen_one_need_no_gradient(monkeypatch: Any) -> None:
+    model = llama()
+    told: list[str] = []
+    chosen = [m for m in matrices(model) if m.block == 1]
+    walker = Walker(model.eval(), blocks(model)[1], list(IDS.split(4)))
+    parts: dict[int, Part] = {}
+    run = measure.Measuring(
+        walker, chosen, Fisher(), lambda index: nullcontext(), parts.__setitem__,
+        lambda block, depth, doing: told.append(f"{block} {doing.split()[0]}"), Kept(),
+    )  # fmt: skip
+    run.run()
+    assert len(told) == run.steps
+    assert [t for t in dict.fromkeys(told) if "backward" in t] == ["2 backward", "1 backward"]
+    whole = known(model).part(1)
+    assert whole is not None
+    assert list(parts) == [1]
+    assert torch.equal(parts[1].metric, whole.metric)
+    for name, rows in whole.rows.items():
+        assert torch.equal(parts[1].rows[name], rows)
+
+
+def test_what_lies_outside_of_the_blocks_is_not_weighed() -> None:
+    models = llama(), llama()
+    for model, fisher in zip(models, (False, True), strict=True):
+        llmprune.prune(
+            model, calibration=IDS, sparsity=0.6, within="matrix", fisher=fisher, targets=["lm_head"],
+            progress=False,
+        )  # fmt: skip
+    assert torch.equal(models[0].lm_head.weight, models[1].lm_head.weight)
+
+
+def test_what_no_gradient_reaches_gets_the_share_asked_for() -> None:
+    model = tiny("mixtral").eval()
+    for block in blocks(model)[1]:
+        with torch.no_grad():  # the last two experts are never chosen
+            block.mlp.gate.weight[-2:] = 0
+            block.mlp.gate.weight[:-2] = 1
+    found = known(model, IDS.abs() % 60)
+    missed = [m for m in matrices(model) if found.scale(m) is None]
+    assert missed
+    for m in missed:
+        part = found.part(m.block or 0)
+        assert part is not None
+        assert int(part.counts[m.name].sum()) == 0
+    some = histogram(torch.randn(4, 8), torch.ones(4), torch.ones(8))
+    nothing = torch.zeros_like(some)
+    shares = ByFisher(strength=1.0).shares({"a": some, "b": nothing}, Unstructured(0.6))
+    assert shares == pytest.approx({"a": 0.6, "b": 0.6}, abs=0.02)
+    assert ByFisher().shares({"b": nothing}, Unstructured(0.6)) == {"b": 0.6}
 
 
 def test_windows_are_spread_over_all(monkeypatch: Any) -> None:
@@ -297,6 +371,26 @@ class TestRefusals:
     def test_allocation(self, settings: Any) -> None:
         with pytest.raises(ConfigError, match=next(iter(settings))):
             llmprune.PruneConfig(allocation="fisher", allocation_settings=settings)
+
+    def test_a_model_that_predicts_nothing(self) -> None:
+        model = llama()
+        model.lm_head.weight.data[3] = torch.nan
+        with pytest.raises(llmprune.LLMPruneError, match=r"dense model gives NaN or Inf .*--dtype"):
+            known(model)
+
+    @pytest.mark.parametrize("what", ["fisher", "repair"])
+    def test_weights_that_autograd_does_not_take(self, what: str) -> None:
+        with torch.inference_mode():
+            model = llama()
+        with pytest.raises(ConfigError, match=f"made under torch.inference_mode.*--{what}"):
+            llmprune.prune(model, calibration=IDS, progress=False, within="matrix", **{what: True})
+
+    def test_blocks_that_pass_nothing_on(self, monkeypatch: Any) -> None:
+        monkeypatch.setattr(
+            measure, "_gradients", lambda walker, out, by, outer: [None for _ in by]
+        )
+        with pytest.raises(llmprune.LLMPruneError, match=r"no gradient goes back through it"):
+            known(llama())
 
     def test_nan_is_named(self, monkeypatch: Any) -> None:
         monkeypatch.setattr(

@@ -38,6 +38,11 @@ EXACT = {  # name -> model and options; all of them in float64 sums
     "head": ("llama", "--method sparsegpt --sparsity 0.5 --targets lm_head 're:.*2.mlp.*'"),
     "experts": ("mixtral", "--method sparsegpt --sparsity 0.5"),
     "experts-2of4": ("mixtral", "--method wanda --sparsity 2:4"),
+    # one window is measured, by one process: the sums are its own
+    "fisher": (
+        "llama",
+        "--method sparsegpt --sparsity 0.6 --fisher --allocation fisher --fisher-set tokens=1",
+    ),
     # two processes have no room for the sums of a whole block, one has
     "rounds": (
         "mixtral",
@@ -103,10 +108,12 @@ def done(place: Place) -> Path:
 
     def more(world: int) -> list[list[str]]:
         out = folder / str(world)
+        weighed = "--method sparsegpt --sparsity 0.6 --fisher --allocation fisher"
         repair = ("--repair", "--repair-set", "epochs=2", "--sums", "float64", "--no-eval")
         return [
             place.argv(out / "float32", "llama", plain, *evaluated),
             place.argv(out / "repair", "llama", plain, *repair),
+            place.argv(out / "weighed", "mixtral", weighed, *repair),
         ]
 
     assert all(cli.main(argv) == 0 for argv in [*commands(1, list(EXACT)), *more(1)])
@@ -167,6 +174,19 @@ def test_a_repair_on_two_processes_differs_in_rounding_only(done: Path) -> None:
         assert torch.equal(weight == 0, two[key] == 0), key
         torch.testing.assert_close(two[key], weight, rtol=1e-2, atol=1e-4)
     assert any(not torch.equal(one[k], w) for k, w in weights(done / "1" / "sparsegpt").items())
+
+
+def test_fisher_information_of_two_processes_differs_in_rounding_only(done: Path) -> None:
+    one, two = (json.loads((done / w / "weighed" / "llmprune.json").read_text()) for w in "12")
+    shares = [report["allocation"]["measured"] for report in (one, two)]
+    assert max(shares[0].values()) > min(shares[0].values()) + 0.1
+    assert shares[1] == pytest.approx(shares[0], abs=1e-3)
+    assert one["sparsity"] == two["sparsity"]
+    left, right = (weights(done / w / "weighed") for w in "12")
+    same = sum(int(((left[k] != 0) == (right[k] != 0)).sum()) for k in left)
+    assert same >= 0.999 * sum(t.numel() for t in left.values())
+    far = sum(int(((left[k] - right[k]).abs() > 1e-2).sum()) for k in left)
+    assert far <= 0.001 * sum(t.numel() for t in left.values())
 
 
 def test_perplexity_is_that_of_one_process(done: Path) -> None:

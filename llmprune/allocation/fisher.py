@@ -61,11 +61,16 @@ class ByFisher(Allocation):
     def shares(self, counts: Mapping[str, Tensor], pattern: Pattern) -> dict[str, float]:
         """The share of each that is to go, for how many of its weights have which saliency.
 
+        One that nothing is known of, whose counts are all zero, gets the share asked for.
+
         Args:
             counts: int64, the same bins for all, the lowest first.
             pattern: what is asked for on average.
         """
-        names = list(counts)
+        shares = dict.fromkeys(counts, pattern.sparsity)
+        names = [name for name, some in counts.items() if int(some.sum()) > 0]
+        if not names:
+            return shares
         table = torch.stack([counts[n] for n in names]).double()
         below = table.sum(0).cumsum(0)
         wanted = pattern.sparsity * float(below[-1])
@@ -74,4 +79,4 @@ class ByFisher(Allocation):
         gone = table[:, :at].sum(1) + part * table[:, at]
         found = gone / table.sum(1)
         drawn = pattern.sparsity + self.strength * (found - pattern.sparsity)
-        return dict(zip(names, drawn.tolist(), strict=True))
+        return shares | dict(zip(names, drawn.tolist(), strict=True))

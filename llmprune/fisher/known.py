@@ -23,7 +23,8 @@ class Part:
     Attributes:
         rows: of each matrix by its name: squares of the gradient of log p(token), summed over the inputs
             of each output. [out] float32.
-        counts: how many of its weights have a saliency in each bin: [BINS] int64.
+        counts: how many of its weights have a saliency in each bin: [BINS] int64; none in any where no
+            gradient reaches it, such as an expert that no token was sent to.
         metric: sums of g g^T / |g|^2, where g is the gradient by the hidden state that the block passes on:
             [width, width] float32.
     """
@@ -84,15 +85,17 @@ def histogram(weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         columns: [in] float32, the same summed over outputs.
 
     Returns:
-        [BINS] int64; what is zero is in the first.
+        [BINS] int64; what is zero is in the first. No weight is counted where all of `rows` are zero.
     """
-    total = float(rows.sum(dtype=torch.float64)) or 1.0
+    total = float(rows.sum(dtype=torch.float64))
+    if total == 0:
+        return torch.zeros(BINS, dtype=torch.int64)
     scale = columns.double() / total
-    found = torch.zeros(BINS, dtype=torch.int64)
+    found = torch.zeros(BINS, dtype=torch.int64, device=weight.device)
     step = max(1, 2**20 // weight.shape[1])
     for start in range(0, len(weight), step):
         part = slice(start, start + step)
         value = weight[part].double().square() * rows[part].double().unsqueeze(1) * scale
         bins = (value.log2() * PER_OCTAVE + BINS // 2).clamp_(0, BINS - 1)  # the log of 0 is -inf
-        found += torch.bincount(bins.long().flatten(), minlength=BINS).cpu()
-    return found
+        found += torch.bincount(bins.long().flatten(), minlength=BINS)
+    return found.cpu()

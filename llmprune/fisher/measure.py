@@ -10,8 +10,9 @@ few tokens that the model is least sure of would decide alone which directions c
 Gradients of several tokens are summed before they are squared. As next tokens are drawn each by itself, what
 two of them have in common is zero on average, so that the sum of squares stays what it should be.
 
-One block is in memory with its gradient; hidden states between all blocks are kept, of as many tokens as
-`Fisher.tokens` says. Nothing of the model changes.
+One block is in memory with the gradient of its matrices, and what autograd keeps of one group of windows, 256
+tokens or one window that is longer; at the head there are a few float32 copies of its logits. Hidden states
+between all blocks are kept, of as many tokens as `Fisher.tokens` says. Nothing of the model changes.
 """
 
 from __future__ import annotations
@@ -25,22 +26,23 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from llmprune.errors import ConfigError, ModelError, NumericalError
+from llmprune.fisher.kept import Kept
 from llmprune.fisher.known import Known, Part, histogram
 from llmprune.fisher.settings import Fisher
 from llmprune.model import Matrix
 from llmprune.parallel import ALONE, Ranks
 from llmprune.progress import Bar
-from llmprune.refine.tuned import learning
-from llmprune.refine.windows import Windows
+from llmprune.refine.tuned import check_learnable, learning, repeatable
 from llmprune.walk import Walker
 
 Progress = Callable[[int, int, str], None]
 Open = Callable[[int | None], AbstractContextManager[None]]
 """While open, a block is in memory, or for None the head of the model."""
+WITHOUT = "leave --fisher and --allocation fisher out"
 
 
 def check_measurable(walker: Walker) -> None:
-    """Refuse a family whose blocks cannot be run alone.
+    """Refuse a model whose blocks cannot be run alone, or give no gradient.
 
     Raises:
         ConfigError: naming its class.
@@ -48,28 +50,17 @@ def check_measurable(walker: Walker) -> None:
     if not walker.passes_on:
         raise ConfigError(
             f"{type(walker.model).__name__} keeps state outside its blocks, so gradients cannot go back "
-            "block by block; leave --fisher out"
+            f"block by block; {WITHOUT}"
         )
+    check_learnable(walker.model, WITHOUT)
 
 
-class Kept:
-    """Hidden states between blocks, of one group of windows after the other, in main memory."""
+GRADIENT = "gradient"
+"""By what the block in hand passes on; the other tensors that are kept are what each block passes on."""
 
-    def __init__(self) -> None:
-        self._states: dict[tuple[int, int], Tensor] = {}
 
-    def put(self, block: int, group: int, hidden: Tensor) -> None:
-        """Keep what `block` passes on, [windows, seqlen, width]."""
-        self._states[block, group] = hidden.cpu()
-
-    def take(self, block: int, group: int) -> Tensor | None:
-        """What was kept of it; None before the first block."""
-        return self._states.get((block, group))
-
-    def forget(self, block: int) -> None:
-        """Give the memory of what `block` passes on back."""
-        for key in [key for key in self._states if key[0] == block]:
-            del self._states[key]
+def _of_block(index: int) -> str:
+    return f"block {index}"
 
 
 @dataclass
@@ -77,14 +68,14 @@ class Measuring:
     """One measurement.
 
     Attributes:
-        walker: over the dense model, with the windows of this process.
-        chosen: the matrices to be pruned.
+        walker: over the dense model, with the windows of all processes.
+        chosen: the matrices to be pruned; those in no block are not measured.
         settings: how.
         opened: brings what is needed into memory.
-        done: told of each block, the last one first.
+        done: told of each block that has some of them, the last one first.
         progress: told of every step.
-        kept: where hidden states stay.
-        ranks: the processes that have the other windows.
+        kept: where hidden states and gradients stay.
+        ranks: the processes that share the groups of windows; the sums are on all of them.
     """
 
     walker: Walker
@@ -97,108 +88,120 @@ class Measuring:
     ranks: Ranks = ALONE
 
     def __post_init__(self) -> None:
-        windows = Windows(self.walker.batches, self.ranks)
-        seqlen = self.walker.batches[0].shape[1]
-        chosen = self.settings.windows(windows.count, seqlen)
-        step = self.settings.together(seqlen)
-        self._groups: list[tuple[list[int], Tensor]] = []  # numbers of windows, and their ids
-        for at in range(0, len(chosen), step):
-            own = {n: p for n in chosen[at : at + step] for p in windows.own([n])}
-            if own:
-                ids = torch.cat([windows.ids(places) for places in own.values()])
-                self._groups.append((list(own), ids))
-        self._last = max((m.block for m in self.chosen if m.block is not None), default=-1)
-        self._first = min((m.block for m in self.chosen if m.block is not None), default=0)
+        ids = torch.cat([batch.cpu() for batch in self.walker.batches])
+        count, seqlen = ids.shape
+        chosen, size = self.settings.windows(count, seqlen), self.settings.together(seqlen)
+        parts = [chosen[at : at + size] for at in range(0, len(chosen), size)]
+        # whole groups for each process: what is squared are sums over a group
+        own = parts[self.ranks.span(len(parts))]
+        self._groups = [(numbers, ids[numbers]) for numbers in own]
+        self._depth = len(self.walker.layers)
+        self._first = min(
+            (m.block for m in self.chosen if m.block is not None), default=self._depth
+        )
 
     @property
     def steps(self) -> int:
-        """How often `progress` is told something."""
-        depth = len(self.walker.layers)
-        return len(self._groups) * (2 * depth + 1 - self._first)
+        """How often `progress` is told something: of each group, block by block there and back."""
+        if self._first == self._depth:
+            return 0
+        return len(self._groups) * (2 * self._depth - self._first + 1)
 
     @torch.no_grad()
     def run(self) -> None:
-        """Measure.
+        """Measure: from the first block to the head, and back to the first one with a chosen matrix.
 
         Raises:
             ModelError: when the model gives no gradient.
             NumericalError: when it gives NaN or Inf.
         """
-        depth = len(self.walker.layers)
-        for index in range(depth):
-            with self.opened(index):
-                for group, (_, ids) in enumerate(self._groups):
-                    self.progress(index, depth, f"forward {group + 1}/{len(self._groups)}")
-                    before = self._state(index - 1, group)
-                    self.kept.put(index, group, self.walker.run_on(index, ids, before))
-        with self.opened(None):
-            gradients = self._from_head(depth)
-        for index in range(depth - 1, self._first - 1, -1):
-            self.kept.forget(index)
-            with self.opened(index):
-                self._back(index, gradients)
+        if self._first == self._depth:
+            return
+        with repeatable(self.walker.device):
+            for index in range(self._depth):
+                with self.opened(index):
+                    self._forward(index)
+                if index < self._first:  # nothing goes back to before the first one
+                    self.kept.forget(_of_block(index - 1))
+            with self.opened(None):
+                self._from_head()
+            for index in range(self._depth - 1, self._first - 1, -1):
+                self.kept.forget(_of_block(index))
+                with self.opened(index):
+                    self._back(index)
 
-    def _state(self, block: int, group: int) -> Tensor | None:
-        """What `block` passes on, where it is computed with; None before the first."""
-        found = self.kept.take(block, group)
-        return None if found is None else found.to(self.walker.device)
+    def _forward(self, index: int) -> None:
+        for group, (_, ids) in enumerate(self._groups):
+            self.progress(index, self._depth, f"forward {group + 1}/{len(self._groups)}")
+            before = self._taken(_of_block(index - 1), group) if index else None
+            self.kept.put(_of_block(index), group, self.walker.run_on(index, ids, before))
 
-    def _from_head(self, depth: int) -> list[Tensor]:
-        """The gradient of the sum of log p by what the last block passes on, for each group of windows.
+    def _taken(self, what: str, group: int) -> Tensor:
+        """What was kept, where it is computed with."""
+        return self.kept.take(what, group).to(self.walker.device)
 
-        All of them are by one factor of such a size that half precision holds them.
+    def _from_head(self) -> None:
+        """Keep the gradient of the sum of log p by what the last block passes on, for each group.
+
+        All of them are by one factor of such a size that half precision holds them: the sign does not count.
         """
-        found: list[Tensor] = []
-        scale = 0.0
-        for group, (numbers, ids) in enumerate(self._groups):
-            self.progress(depth, depth, f"drawing tokens {group + 1}/{len(self._groups)}")
-            hidden = self._state(depth - 1, group)
-            assert hidden is not None
-            hidden = hidden.detach().requires_grad_(True)
+        scale = self._scale()
+        for group, (_, ids) in enumerate(self._groups):
+            self.progress(
+                self._depth, self._depth, f"drawing tokens {group + 1}/{len(self._groups)}"
+            )
+            hidden = self._taken(_of_block(self._depth - 1), group).requires_grad_(True)
             with torch.enable_grad():
                 logits = self.walker.logits_on(ids, hidden)
-                seeds = [self.settings.seed + n for n in numbers]
-                wanted = _of_drawn(logits.detach() / self.settings.temperature, seeds)
-                if group == 0:
-                    size = float(wanted.square().mean().sqrt())
-                    scale = self.ranks.tell(1 / size if size > 0 else 1.0)
-                (gradient,) = _gradients(self.walker, logits, [hidden], (wanted * scale))
-            assert gradient is not None
-            found.append(gradient.cpu())
-        return found
+            wanted = self._wanted(group, logits).mul_(scale)
+            (gradient,) = _gradients(self.walker, logits, [hidden], wanted)
+            self.kept.put(GRADIENT, group, _needed(self.walker, gradient))
 
-    def _back(self, index: int, gradients: list[Tensor]) -> None:
+    def _scale(self) -> float:
+        """What brings the gradient by the logits of the first group of all to a root mean square of one."""
+        size: float | None = None
+        if self._groups:
+            hidden = self._taken(_of_block(self._depth - 1), 0)
+            wanted = self._wanted(0, self.walker.logits_on(self._groups[0][1], hidden))
+            size = float(wanted.square().mean().sqrt())
+        first = next(found for found in self.ranks.gather(size) if found is not None)
+        return 1 / first if first > 0 else 1.0
+
+    def _wanted(self, group: int, logits: Tensor) -> Tensor:
+        """The gradient of -log p of drawn tokens by the `logits` of a group, at the temperature: float32."""
+        seeds = [self.settings.seed + number for number in self._groups[group][0]]
+        return _of_drawn(logits.detach() / self.settings.temperature, seeds)
+
+    def _back(self, index: int) -> None:
         """Measure block `index`, and turn the gradients by its output into those by its input."""
         here = [m for m in self.chosen if m.block == index]
         parameters = list({id(m.parameter): m.parameter for m in here}.values())
-        sums = {
-            m.name: tuple(torch.zeros(n, device=self.walker.device) for n in m.shape) for m in here
-        }
-        width = gradients[0].shape[-1] if gradients else 0
-        metric = torch.zeros(width, width, device=self.walker.device)
+        device, last = self.walker.device, index == self._first
+        sums = {m.name: tuple(torch.zeros(n, device=device) for n in m.shape) for m in here}
+        width = self.kept.take(GRADIENT, 0).shape[-1] if self._groups else 0
+        width = max(self.ranks.gather(width))  # a process may have no group
+        metric = torch.zeros(width, width, device=device)
         for group, (_, ids) in enumerate(self._groups):
-            self.progress(
-                index, len(self.walker.layers), f"backward {group + 1}/{len(self._groups)}"
-            )
-            outer = gradients[group].to(self.walker.device)
-            flat = normalize(outer.reshape(-1, width).float(), dim=1)
-            metric.addmm_(flat.T, flat)
-            before = self.kept.take(index - 1, group)
-            inner = [] if before is None else [before.to(self.walker.device).requires_grad_(True)]
-            if not parameters and not inner:
-                continue
+            self.progress(index, self._depth, f"backward {group + 1}/{len(self._groups)}")
+            outer = self._taken(GRADIENT, group)
+            if here:
+                flat = normalize(outer.reshape(-1, width).float(), dim=1)
+                metric.addmm_(flat.T, flat)
+            before = self._taken(_of_block(index - 1), group) if index else None
+            inner = [] if before is None or last else [before.requires_grad_(True)]
             with learning(parameters):
-                out = self.walker.run_on(index, ids, inner[0] if inner else None)
+                out = self.walker.run_on(index, ids, before)
                 found = _gradients(self.walker, out, [*parameters, *inner], outer)
-            if inner and found[-1] is not None:
-                gradients[group] = found[-1].cpu()
+            if inner:
+                self.kept.put(GRADIENT, group, _needed(self.walker, found[-1]))
             by_id = {id(p): g for p, g in zip(parameters, found, strict=False)}
             for m in here:
-                if (whole := by_id[id(m.parameter)]) is not None:
+                if (whole := by_id[id(m.parameter)]) is not None:  # None: no token reaches it
                     squares = _of(m, whole).float().square()
                     for total, dim in zip(sums[m.name], (1, 0), strict=True):
                         total += squares.sum(dim)
-        self._finish(index, here, sums, metric)
+        if here:
+            self._finish(index, here, sums, metric)
 
     def _finish(
         self,
@@ -207,13 +210,13 @@ class Measuring:
         sums: dict[str, tuple[Tensor, ...]],
         metric: Tensor,
     ) -> None:
-        if not here:
-            return
+        """Hand over what is known of block `index` once the sums of all processes are together."""
         self.ranks.add_up([metric, *(t for pair in sums.values() for t in pair)])
-        if not all(bool(t.isfinite().all()) for t in (metric, *(p[0] for p in sums.values()))):
+        total = torch.stack([metric.sum(), *(rows.sum() for rows, _ in sums.values())])
+        if not bool(total.isfinite().all()):
             raise NumericalError(
-                f"the gradient at block {index} of {type(self.walker.model).__name__} is NaN or Inf; leave "
-                "--fisher out, or compute in another --dtype"
+                f"the gradient at block {index} of {type(self.walker.model).__name__} is NaN or Inf; "
+                f"{WITHOUT}, or compute in another --dtype"
             )
         counts = {m.name: histogram(m.weight, *sums[m.name]) for m in here}
         rows = {name: pair[0].cpu() for name, pair in sums.items()}
@@ -241,8 +244,16 @@ def _of_drawn(logits: Tensor, seeds: Sequence[int]) -> Tensor:
     """By logits [windows, seqlen, vocabulary], the gradient of -log p of tokens drawn from them: float32.
 
     Each window has a seed, so that what is drawn depends on no other.
+
+    Raises:
+        NumericalError: for logits that are NaN or Inf.
     """
     p = logits.float().softmax(-1)
+    if not bool(p.isfinite().all()):
+        raise NumericalError(
+            "the dense model gives NaN or Inf on a calibration window, so no token can be drawn from its "
+            f"predictions; compute in another --dtype, or {WITHOUT}"
+        )
     for window, seed in zip(p, seeds, strict=True):
         draw = torch.Generator(p.device).manual_seed(seed)
         tokens = torch.multinomial(window, 1, generator=draw)
@@ -260,8 +271,22 @@ def _gradients(
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise ModelError(
-            f"{type(walker.model).__name__} gives no gradient ({error}); leave --fisher out"
+            f"{type(walker.model).__name__} gives no gradient ({error}); {WITHOUT}"
         ) from error
+
+
+def _needed(walker: Walker, gradient: Tensor | None) -> Tensor:
+    """A gradient without which none before it can be had.
+
+    Raises:
+        ModelError: where there is none.
+    """
+    if gradient is None:
+        raise ModelError(
+            f"{type(walker.model).__name__} does not depend on what a block passes on, so no gradient "
+            f"goes back through it; {WITHOUT}"
+        )
+    return gradient
 
 
 def _of(matrix: Matrix, whole: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ def weighed(
         else:
             # a weight that a method leaves as it was stays so to the bit
             weight = torch.where(found.weight == by, before.float(), found.weight / scale)
-            yield replace(found, weight=weight)
+            yield replace(found, weight=weight.to(before.dtype))
 
 
 def _compete(pattern: Pattern) -> bool:

@@ -2,8 +2,9 @@
 
 The pruned block reads what the pruned blocks before it pass on; its goal is the output of the dense block on
 what the dense blocks before it pass on, so that it also mends what they have spoilt. The error is the mean
-square over tokens and features. One block is in memory, with its optimizer and a few windows; of the
-hidden states there are two streams, the pruned and the dense one. Nothing else of the model is touched.
+square over tokens and features; with a metric, features weigh as that says (`Known.metric`). One block is in
+memory, with its optimizer and a few windows; of the hidden states there are two streams, the pruned and the
+dense one. Nothing else of the model is touched.
 
 Tuning blocks against their dense outputs is in many papers on quantisation and pruning (of pruning, for
 example, Guo et al. 2024, arXiv 2402.12419). Windows that are held out decide when it ends, and where it
@@ -24,14 +25,14 @@ from llmprune.errors import ConfigError, ModelError, NumericalError
 from llmprune.parallel import ALONE, Ranks
 from llmprune.prune_matrix import Done
 from llmprune.refine.settings import Repair
-from llmprune.refine.tuned import Tuned, learning, repeatable, tuned
+from llmprune.refine.tuned import Tuned, check_learnable, learning, repeatable, tuned
 from llmprune.refine.windows import Windows
 from llmprune.report import RepairReport
 from llmprune.walk import HiddenStates, Walker
 
 
 def check_repairable(walker: Walker) -> None:
-    """Refuse a family whose blocks cannot be repaired by themselves.
+    """Refuse a model whose blocks cannot be repaired by themselves.
 
     Raises:
         ConfigError: naming its class.
@@ -46,6 +47,7 @@ def check_repairable(walker: Walker) -> None:
             f"the blocks of {name} do not keep windows apart, so they cannot be learnt from one by one; "
             "leave --repair out"
         )
+    check_learnable(walker.model, "leave --repair out")
 
 
 MOST = 1 / 3  # of the damage that steps are measured by: a choice, for pruning that leaves little

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmprune.errors import ConfigError
 from llmprune.model import blocks, is_router
 from llmprune.parallel import Ranks
 from llmprune.prune_matrix import Done
@@ -133,6 +134,19 @@ def _keeps(done: Sequence[Done], ranks: Ranks) -> dict[int, Tensor]:
             ranks.add_up([votes])
             mask.copy_(votes > 0)
     return found
+
+
+def check_learnable(model: nn.Module, way_out: str) -> None:
+    """Refuse weights that autograd does not take; `way_out` is what the user may leave out.
+
+    Raises:
+        ConfigError: naming the class of the model.
+    """
+    if any(p.is_inference() for p in model.parameters()):
+        raise ConfigError(
+            f"{type(model).__name__} was made under torch.inference_mode, so it gives no gradients; make or "
+            f"load it outside of that, or {way_out}"
+        )
 
 
 @contextmanager
