@@ -14,7 +14,7 @@ from llmprune.observe import check_floodable
 from llmprune.order import Job
 from llmprune.prune_matrix import Task, check_fit
 from llmprune.quality import going_on
-from llmprune.workplace import Settings, repaired_at_once
+from llmprune.workplace import Settings, measured_at_once, repaired_at_once
 
 
 def choose(job: Job, shelf: Shelf, settings: Settings) -> tuple[list[Matrix], Task]:
@@ -34,11 +34,13 @@ def choose(job: Job, shelf: Shelf, settings: Settings) -> tuple[list[Matrix], Ta
     if task.all_experts:
         check_floodable(chosen)
     at_once = repaired_at_once(job.prune, settings.device)
-    need = least(list(shelf.layers), chosen, task.method, at_once)
+    measured = measured_at_once(job.prune)
+    need = least(list(shelf.layers), chosen, task.method, at_once, measured)
     if job.max_memory is not None and need > settings.budget.device:
         raise ConfigError(
             f"--max-memory {job.max_memory} is less than one block of this model needs with "
-            f"{job.prune.method}{' and a repair' if at_once else ''}: {math.ceil(need / 1e8) / 10}GB"
+            f"{job.prune.method}{' and a repair' if at_once else ''}"
+            f"{' and Fisher information' if measured else ''}: {math.ceil(need / 1e8) / 10}GB"
         )
     return chosen, task
 

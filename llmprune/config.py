@@ -13,6 +13,7 @@ from llmprune.allocation import Allocation
 from llmprune.errors import ConfigError
 from llmprune.fisher import settings as fishers
 from llmprune.fisher.settings import Fisher
+from llmprune.fisher.weigh import compete
 from llmprune.methods.base import Method
 from llmprune.pattern import Pattern, Within, parse
 from llmprune.prune_matrix import Task
@@ -138,19 +139,23 @@ class PruneConfig:
         return build(self.transforms, self.transform_settings)
 
     def weighing(self) -> Fisher | None:
-        """How Fisher information is measured, and what it weighs; None where it is not needed.
+        """How Fisher information is measured, and what it weighs; None where nothing asks for it.
+
+        Rows are weighed where they compete, and directions where blocks are repaired.
 
         Raises:
             ConfigError: when a setting makes no sense, or there are some for nothing.
         """
-        if self.fisher:
-            return fishers.build(self.fisher_settings)
-        if self.allocation == "fisher":  # that alone
-            return replace(fishers.build(self.fisher_settings), rows=False, mix=0.0)
-        if self.fisher_settings:
-            given = ", ".join(self.fisher_settings)
-            raise ConfigError(f"{given} is of Fisher information: add --fisher (fisher=True)")
-        return None
+        shared = self.allocation == "fisher"
+        if not self.fisher and not shared:
+            if self.fisher_settings:
+                given = ", ".join(self.fisher_settings)
+                raise ConfigError(f"{given} is of Fisher information: add --fisher (fisher=True)")
+            return None
+        asked = fishers.build(self.fisher_settings)
+        rows = self.fisher and asked.rows and compete(self.built()[1])
+        mix = asked.mix if self.fisher and self.repair else 0.0
+        return replace(asked, rows=rows, mix=mix) if rows or mix or shared else None
 
     def optional(self, part: str) -> bool:
         """Whether the run goes on without `part` where the model cannot take it: its quality brings it."""

@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from llmprune.calibration import Calibration
 from llmprune.checkpoint.shelf import Shelf
 from llmprune.fisher.kept import OnDisk
-from llmprune.fisher.known import Known, Part
+from llmprune.fisher.known import BINS, Known, Part
 from llmprune.fisher.measure import Measuring, Open
 from llmprune.lockstep import check_walk
 from llmprune.model import Matrix
@@ -24,7 +25,7 @@ from llmprune.preserve import evaluating, random_state
 from llmprune.progress import Bar, timed
 from llmprune.prune_matrix import Task
 from llmprune.walk import Walker
-from llmprune.workplace import FISHER, Workplace
+from llmprune.workplace import FISHER, Workplace, hidden_bytes
 
 STEP = "fisher"
 """Its name in the journal."""
@@ -64,6 +65,25 @@ def informed(
         journal.add(STEP, {"files": _digests(folder) if job.ranks.leads else {}})
         job.ranks.any(False)  # what is read from here on is written on every machine
     return replace(task, fisher=Known(settings, lru_cache(maxsize=1)(_reader(folder, chosen))))
+
+
+def room_to_measure(
+    job: Job, shelf: Shelf, chosen: Sequence[Matrix], data: Calibration | None
+) -> tuple[int, int]:
+    """Bytes that this takes on the disk while it is measured, and those that stay until the run ends."""
+    settings = job.prune.weighing()
+    if settings is None or data is None:
+        return 0, 0
+    count, seqlen = data.ids.shape
+    share = len(settings.windows(count, seqlen)) / count
+    inside = [m for m in chosen if m.block is not None]
+    each = hidden_bytes(shelf, data) // 2  # what one block passes on, of all windows
+    width = each // data.ids.numel() // next(shelf.layers.parameters()).element_size()
+    metrics = 4 * width**2 * len({m.block for m in inside})
+    return (
+        int(each * share) * (len(shelf.layers) + 1),  # with the gradient
+        metrics + sum(8 * BINS + 4 * m.shape[0] for m in inside),
+    )
 
 
 def _writes(job: Job) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -107,7 +107,12 @@ def trim() -> None:
 
 def of_model(model: nn.Module) -> int:
     """Bytes of all parameters in the dtypes they are computed in; they may be on the meta device."""
-    unique = {id(p): p for p in model.parameters()}
+    return of_parameters(model.parameters())
+
+
+def of_parameters(parameters: Iterable[nn.Parameter]) -> int:
+    """Bytes of `parameters`, each counted once."""
+    unique = {id(p): p for p in parameters}
     return sum(p.numel() * p.element_size() for p in unique.values())
 
 
@@ -115,8 +120,24 @@ def of_repair(block: nn.Module, tokens: int) -> int:
     """Bytes that the repair of `block` takes beside its weights, on `tokens` at once."""
     unique = {id(p): p for p in block.parameters()}.values()
     state = sum(p.numel() * (STATE + 2 * p.element_size()) for p in unique)
-    width = max((min(p.shape[-2:]) for p in unique if p.dim() > 1), default=0)
-    return state + tokens * width * SAVED
+    return state + tokens * _width(block) * SAVED
+
+
+def of_gradients(block: nn.Module, here: Sequence[Matrix], tokens: int) -> int:
+    """Bytes that Fisher information of the matrices `here` of `block` takes beside its weights.
+
+    Their gradient on `tokens` at once, what autograd keeps for it, the squares of the largest in float32, and
+    the metric, once as a sum and once as a part of it.
+    """
+    gradient = of_parameters(m.parameter for m in here)
+    squares = 8 * max((m.shape[0] * m.shape[1] for m in here), default=0)
+    width = _width(block)
+    return gradient + squares + 8 * width**2 + tokens * width * SAVED
+
+
+def _width(block: nn.Module) -> int:
+    """Of the hidden states that pass through `block`, as its matrices show it."""
+    return max((min(p.shape[-2:]) for p in block.parameters() if p.dim() > 1), default=0)
 
 
 def room_for_statistics(budget: Budget, block: nn.Module) -> int:
@@ -129,10 +150,12 @@ def least(
     chosen: Sequence[Matrix],
     method: Method[Any],
     tokens: int | None = None,
+    measured: int | None = None,
 ) -> int:
     """Bytes that the largest block needs while it is pruned: weights, statistics and `SLACK`.
 
-    Where blocks are repaired, on so many `tokens` at once, there is that instead of statistics.
+    Where blocks are repaired, on so many `tokens` at once, there is that instead of statistics, and before
+    both, where Fisher information is `measured` on so many tokens at once, there is that.
     """
     needs = []
     for i, block in enumerate(blocks):
@@ -140,6 +163,8 @@ def least(
         extra = least_statistics(here, method)
         if tokens is not None and here:
             extra = max(extra, of_repair(block, tokens))
+        if measured is not None:
+            extra = max(extra, of_gradients(block, here, measured))
         needs.append(of_model(block) + extra)
     return SLACK + max(needs)
 

@@ -50,6 +50,8 @@ class LayerReport:
 class RepairReport:
     """What the repair of one block did. Errors are ||given - wanted||^2 / ||wanted||^2 of its output.
 
+    With `fisher` both norms are those that its metric gives, so that errors with and without do not compare.
+
     Attributes:
         block: its index.
         before: error on windows that it learns from, as many as are held out.
@@ -125,10 +127,10 @@ class Report:
         allocation: what decided how much of each matrix goes, with what it found; empty for uniform.
         transforms: by name what was done to the dense model before: its parts `done`, those `refused` with
             the reason, and `notes`. Where a part was done, weights do not compare with those of the original.
-        left_out: of a run with `--quality`, parts of it that the model cannot take, and why: `repair` or
-            `allocation`. The recipe is without them.
+        left_out: of a run with `--quality`, parts of it that the model cannot take, and why: `repair`,
+            `fisher` or `allocation`. The recipe is without them.
         perplexity: by name, `dense` and `pruned`, when measured.
-        seconds: wall clock by phase: `load`, `calibrate`, `prune`, ...
+        seconds: wall clock by phase: `load`, `calibration`, `fisher`, `prune`, ...
         versions: of python and the packages, the platform and the device.
     """
 
@@ -193,6 +195,7 @@ class Report:
             )
         lines += self._transformed()
         lines += [f"{part} left out: {why}" for part, why in self.left_out.items()]
+        lines += self._weighed()
         lines += self._repaired()
         for name, result in self.perplexity.items():
             lines.append(
@@ -210,6 +213,17 @@ class Report:
                 f"{name}: " + "; ".join([", ".join(what["done"]) or "nothing done", *left])
             )
         return lines
+
+    def _weighed(self) -> list[str]:
+        """What Fisher information has weighed, in a line."""
+        if not self.recipe.get("fisher"):
+            return []
+        settings = self.recipe.get("fisher_settings", {})
+        uses = {"rows": "rows that compete", "mix": "the error that a repair lowers"}
+        what = " and ".join(use for key, use in uses.items() if settings.get(key))
+        return [
+            f"weighed by Fisher information: {what or 'nothing, as no rows compete and no repair uses it'}"
+        ]
 
     def _repaired(self) -> list[str]:
         """What the repair of all blocks did, in a line."""

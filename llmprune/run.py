@@ -239,7 +239,7 @@ def _able(
         return config, left_out
     parts = {
         "repair": (config.repair, check_repairable),
-        "fisher": (config.fisher, check_measurable),
+        "fisher": (config.fisher and config.weighing() is not None, check_measurable),
         "allocation": (config.allocation == "fisher", check_measurable),
     }
     for part, (asked, check) in parts.items():

@@ -29,7 +29,7 @@ from llmprune.checkpoint.tensors import raw
 from llmprune.chosen import able, choose
 from llmprune.errors import CheckpointError, ConfigError, NotByBlock
 from llmprune.eval.perplexity import Losses, model_losses
-from llmprune.informed import informed
+from llmprune.informed import informed, room_to_measure
 from llmprune.loading import Source
 from llmprune.memory import budget, fits, parse_size
 from llmprune.model import Matrix, check_vocabulary
@@ -102,6 +102,7 @@ def _to_target(
         data,
         settings,
         packed=room_to_pack(job, shelf, chosen),
+        measured=room_to_measure(job, shelf, chosen, data),
         restart=job.restart,
         say=job.voice.say,
         progress=not job.voice.quiet,

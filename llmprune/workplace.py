@@ -115,13 +115,15 @@ def open_workplace(
     settings: Settings,
     *,
     packed: int = 0,
+    measured: tuple[int, int] = (0, 0),
     restart: bool,
     say: Callable[[str], None],
     progress: bool,
 ) -> Workplace:
     """Open the folder in which the run to `target` keeps what it has finished, or begin one.
 
-    `packed` is what a result in the sparse format will take of the disk beside the dense one.
+    `packed` is what a result in the sparse format will take of the disk beside the dense one, `measured`
+    what Fisher information takes while it is measured, and from then on.
 
     Raises:
         ConfigError: when there is an unfinished run of something else.
@@ -146,7 +148,9 @@ def open_workplace(
             )
         if journal.resumed:
             say(f"taking up the unfinished run in {folder} ({work.blocks} blocks finished)")
-        _make_room(work, target, hidden_bytes(shelf, data, 2 if config.repair else 1), packed)
+        hidden, (first, stays) = hidden_bytes(shelf, data, 2 if config.repair else 1), measured
+        first = 0 if FISHER in journal.steps else first  # the name of that step too
+        _make_room(work, target, max(hidden, first) + stays, packed)
         ranks.tell(journal.steps)
     except BaseException:
         work.close()
@@ -264,6 +268,15 @@ def batch_size(config: PruneConfig, data: Calibration | None, device: torch.devi
     if data is None:
         return 1
     return config.batch_size or default_batch(device, data.ids.shape[1])
+
+
+def measured_at_once(config: PruneConfig) -> int | None:
+    """Tokens whose gradients are taken at once for Fisher information; None where nothing asks for it."""
+    data, settings = config.calibration, config.weighing()
+    if settings is None or not isinstance(data, Calibration):
+        return None
+    seqlen = data.ids.shape[1]
+    return settings.together(seqlen) * seqlen
 
 
 def repaired_at_once(config: PruneConfig, device: torch.device) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,12 @@ from llmprune.allocation.fisher import ByFisher
 from llmprune.cli import main
 from llmprune.errors import ConfigError
 from llmprune.fisher import measure
-from llmprune.fisher.kept import Kept
+from llmprune.fisher.kept import Kept, OnDisk
 from llmprune.fisher.known import BINS, Known, Part, histogram
 from llmprune.fisher.measure import known_in_memory
 from llmprune.fisher.settings import TOGETHER, Fisher
+from llmprune.informed import room_to_measure
+from llmprune.memory import of_gradients
 from llmprune.model import Matrix, blocks, matrices
 from llmprune.pattern import NM, Unstructured
 from llmprune.walk import Walker
@@ -234,13 +237,62 @@ def test_rows_that_weigh_nothing_lose_first(method: str, monkeypatch: Any) -> No
     assert counts[True][1] > 0.9
 
 
+@pytest.mark.parametrize(
+    ("settings", "weighed"),
+    [
+        ({"within": "matrix"}, "rows that compete"),
+        ({"repair": True}, "the error that a repair lowers"),
+        (
+            {"within": "matrix", "repair": True},
+            "rows that compete and the error that a repair lowers",
+        ),
+    ],
+)
+def test_the_report_says_what_was_weighed(settings: Any, weighed: str) -> None:
+    more = {"repair_settings": {"epochs": 0.1}} if "repair" in settings else {}
+    report = llmprune.prune(
+        llama(), calibration=IDS, sparsity=0.5, fisher=True, progress=False, **settings, **more
+    )
+    assert f"weighed by Fisher information: {weighed}" in report.table().splitlines()
+    assert report.seconds["fisher"] > 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "gpt_oss", "deepseek_v3"])
+def test_the_memory_that_is_planned_for_is_enough(family: str) -> None:
+    """What autograd keeps, as it tells it, gradients, squares of the largest matrix, and the metric."""
+    model = tiny(family)
+    here = [m for m in matrices(model) if m.block == 1]
+    walker = Walker(model, blocks(model)[1], [IDS])
+    with torch.no_grad():
+        hidden = walker.run(0, 0, None)
+    own = {p.data_ptr() for p in model.parameters()}
+    kept: dict[tuple[int, int], int] = {}
+
+    def see(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in own:
+            kept[tensor.data_ptr(), tensor.numel()] = tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(see, lambda tensor: tensor):
+        out = walker.run(1, 0, hidden.requires_grad_(True))
+    parameters = list({id(m.parameter): m.parameter for m in here}.values())
+    found = torch.autograd.grad(out.sum(), parameters, allow_unused=True)
+    squares = max(8 * m.weight.numel() for m in here)
+    held = sum(g.nbytes for g in found if g is not None) + squares + 8 * out.shape[-1] ** 2
+    assert sum(kept.values()) + held <= of_gradients(blocks(model)[1][1], here, IDS.numel())
+
+
 @pytest.mark.parametrize("pattern", ["2:4", "0.5"])
 def test_rows_by_themselves_do_not_change(pattern: str) -> None:
+    """Then nothing is measured either, and the report says so."""
     models = [llama(), llama()]
     for fisher, model in enumerate(models):
-        llmprune.prune(
+        report = llmprune.prune(
             model, calibration=IDS, sparsity=pattern, fisher=bool(fisher), method="wanda", progress=False
         )  # fmt: skip
+    assert "fisher" not in report.seconds
+    assert report.recipe["fisher_settings"] == {}
+    assert "Fisher information: nothing, as no rows compete and no repair uses it" in report.table()
     for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -427,15 +479,21 @@ def runs(source: Path, folder: Path, *options: object) -> Runs:
 
 
 class TestOnDisk:
-    def test_both_routes_give_the_same(self, source: Path, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("tied", [False, True])
+    def test_both_routes_give_the_same(self, source: Path, tmp_path: Path, tied: bool) -> None:
+        """Of a tied embedding few rows are used on the way in, and all of them at the head."""
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        run = runs(source, tmp_path)
+        torch.manual_seed(0)
+        place = streamed.save_llama(tmp_path / "model", tie_word_embeddings=tied)
+        text = tmp_path / "few.txt"
+        text.write_text(" ".join(streamed.WORDS[i * i % 17] for i in range(4000)))
+        run = runs(source, tmp_path, "--model", place, "--calibration", text)
         assert run() == 0
-        model = AutoModelForCausalLM.from_pretrained(source / "model", dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
         report = llmprune.prune(
-            model, AutoTokenizer.from_pretrained(source / "model"), calibration=str(source / "words.txt"),
-            samples=40, sparsity=0.6, method="sparsegpt", fisher=True, allocation="fisher", repair=True,
+            model, AutoTokenizer.from_pretrained(place), calibration=str(text), samples=40, sparsity=0.6,
+            method="sparsegpt", fisher=True, allocation="fisher", repair=True,
             repair_settings={"epochs": 1}, progress=False,
         )  # fmt: skip
         written = json.loads((run.out / "llmprune.json").read_text())
@@ -448,7 +506,61 @@ class TestOnDisk:
             assert torch.equal(
                 stored[f"{layer.name}.weight"], mine.to(stored[f"{layer.name}.weight"].dtype)
             )
-        assert run.leftovers() == []
+        assert sorted(run.leftovers()) == ["few.txt", "model"]
+
+    def test_the_room_that_is_planned_for_is_enough(
+        self, source: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+    ) -> None:
+        """And not much more: files have headers."""
+        planned: list[tuple[int, int]] = []
+        found: list[tuple[int, int]] = []
+
+        def plan(*args: Any) -> tuple[int, int]:
+            planned.append(room_to_measure(*args))
+            return planned[0]
+
+        def size(folder: Path) -> int:
+            return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+
+        def forget(self: OnDisk, what: str) -> None:
+            found.append((size(self.folder), size(self.folder.parent / "fisher")))
+            forgets(self, what)
+
+        forgets = OnDisk.forget
+        monkeypatch.setattr(OnDisk, "forget", forget)
+        monkeypatch.setattr("llmprune.to_disk.room_to_measure", plan)
+        run = runs(source, tmp_path)
+        usage = shutil.disk_usage(tmp_path)
+        with monkeypatch.context() as full:
+            full.setattr(shutil, "disk_usage", lambda path: usage._replace(free=300_000))
+            assert run() == 2
+        assert "for hidden states while it is made" in capsys.readouterr().err
+        assert run() == 0
+        first, stays = planned[-1]
+        most = [max(sizes) for sizes in zip(*found, strict=True)]
+        assert 0.9 * first <= most[0] <= 1.05 * first
+        assert 0.9 * stays * 3 / 4 <= most[1] <= 1.05 * stays  # the last block follows
+
+    def test_the_least_memory_counts_it(self, source: Path, tmp_path: Path, capsys: Any) -> None:
+        assert runs(source, tmp_path)("--max-memory", "1GB") == 2
+        assert "with sparsegpt and a repair and Fisher information: " in capsys.readouterr().err
+
+    def test_a_run_that_is_killed_while_it_measures(self, source: Path, tmp_path: Path) -> None:
+        """Half of what it has written is not used, and goes."""
+        whole, cut = (runs(source, tmp_path / x) for x in "ab")
+        for name in "ab":
+            (tmp_path / name).mkdir()
+        assert whole() == 0
+        with interrupted("fisher"):
+            assert cut() == 130
+        journal = cut.unfinished / "journal.jsonl"
+        lines = journal.read_bytes().splitlines(keepends=True)
+        journal.write_bytes(b"".join(line for line in lines if b'"step": "fisher"' not in line))
+        (cut.unfinished / "fisher-of-a-killed-run").mkdir()
+        (cut.unfinished / "fisher" / "block-00002.safetensors").write_bytes(b"half")
+        assert cut() == 0
+        same(whole.out, cut.out)
+        assert cut.leftovers() == []
 
     @pytest.mark.parametrize("step", ["fisher", "block 1"])
     @pytest.mark.parametrize("damaged", [False, True])

@@ -323,7 +323,7 @@ def test_fisher_information_that_cannot_be_measured(monkeypatch: pytest.MonkeyPa
         {},
         "uniform",
     )
-    for given in ({"fisher": True}, {"allocation": "fisher"}):
+    for given in ({"fisher": True, "within": "matrix"}, {"allocation": "fisher"}):
         with pytest.raises(ConfigError, match=r"gradients cannot go back.*leave --fisher and"):
             prune(tiny(STATEFUL), **given)
 

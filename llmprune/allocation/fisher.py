@@ -27,7 +27,7 @@ from llmprune.pattern import Pattern
 @register("fisher")
 @dataclass(frozen=True)
 class ByFisher(Allocation):
-    """By one threshold over all weights, on what the output depends on.
+    """By one threshold over all weights, on how much the output depends on each.
 
     Attributes:
         strength: how far to go from the share asked for, 0, to that of the threshold, 1.

@@ -166,14 +166,15 @@ class Shelf:
         """Read what is in no block.
 
         Args:
-            ids: the token ids that will be used, any shape: only their embeddings are kept. None for
-                the whole embedding.
+            ids: the token ids that will be used, any shape: only their embeddings are kept, unless they
+                are the head too. None for the whole embedding.
             head: whether the output head is needed.
         """
         names = {key: self._targets[key] for key in self.keys(None)}
         table = self._real(self.model.get_input_embeddings())
         out = self._real(self.model.get_output_embeddings())
-        few = [k for k, n in names.items() if n == table] if ids is not None else []
+        part = ids is not None and not (head and out == table)
+        few = [k for k, n in names.items() if n == table] if part else []
         if len(few) != 1 or not self._plain(few[0]):
             few = []
         skip = {out} if not head and out != table else set()

@@ -28,7 +28,7 @@ def weighed(
 ) -> Iterator[Pruned]:
     """What `solve` makes of `matrices`, in which rows weigh what is `known` of them."""
     dense = [m.weight for m in matrices]
-    scales = [known.scale(m) if known and _compete(pattern) else None for m in matrices]
+    scales = [known.scale(m) if known and compete(pattern) else None for m in matrices]
     scaled = [w if s is None else w.float() * s for w, s in zip(dense, scales, strict=True)]
     results = solve(scaled, stats, pattern)
     for before, by, scale, found in zip(dense, scaled, scales, results, strict=True):
@@ -40,6 +40,6 @@ def weighed(
             yield replace(found, weight=weight.to(before.dtype))
 
 
-def _compete(pattern: Pattern) -> bool:
+def compete(pattern: Pattern) -> bool:
     """Whether weights of several rows compete."""
     return isinstance(pattern, Unstructured) and pattern.within != "row"
