@@ -140,7 +140,7 @@ QUALITIES: dict[str, Quality] = {
             transforms=("permute",),
             fisher=True,
         ),
-        "12 to 15 times the time of SparseGPT" + _WHERE,
+        "13 to 17 times the time of SparseGPT" + _WHERE,
     ),
 }
 
