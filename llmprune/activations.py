@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmprune.checkpoint import fingerprint
 from llmprune.checkpoint.tensors import raw
 
 
@@ -111,7 +112,7 @@ class Activations:
     def restore(self, entry: dict[str, Any]) -> bool:
         """Take up a generation that an earlier run left; False when its file is not what it was."""
         path = self.folder / str(entry["file"])
-        if not path.is_file() or _digest(path) != entry["sha256"]:
+        if not path.is_file() or fingerprint.digest(path) != entry["sha256"]:
             return False
         self._file, self._dtype = path, getattr(torch, str(entry["dtype"]))
         self._layout = [(tuple(shape), int(start)) for shape, start in entry["layout"]]
@@ -157,8 +158,3 @@ def _read(path: Path, start: int, shape: tuple[int, ...], dtype: torch.dtype) ->
                 raise OSError(f"{path} is shorter than it was")
             left = left[count:]
     return out
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -23,13 +23,20 @@ def windows_of(
 ) -> Calibration | None:
     """What `model` is calibrated on, where anything is."""
     if not config.needs_data:
-        say(f"{config.method} looks at the weights alone: no calibration data is read")
+        say(told(config, None))
         return None
     data = calibrate(config, max_seqlen(model.config), tokenizer, progress=progress)
     check_vocabulary(data.ids, data.source, model)
-    windows, seqlen = data.ids.shape
-    say(f"calibrating on {windows} windows of {seqlen} tokens from {data.source}")
+    say(told(config, data))
     return data
+
+
+def told(config: PruneConfig, data: Calibration | None) -> str:
+    """What a run says of its windows."""
+    if data is None:
+        return f"{config.method} looks at the weights alone: no calibration data is read"
+    windows, seqlen = data.ids.shape
+    return f"calibrating on {windows} windows of {seqlen} tokens from {data.source}"
 
 
 def calibrate(

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
-from hashlib import sha256
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from llmprune.calibration import Calibration
+from llmprune.checkpoint.fingerprint import digest
 from llmprune.checkpoint.shelf import Shelf
 from llmprune.fisher.kept import OnDisk
 from llmprune.fisher.known import BINS, Known, Part
@@ -175,10 +175,7 @@ def _reader(folder: Path, chosen: Sequence[Matrix]) -> Callable[[int], Part | No
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    return {
-        file.name: sha256(file.read_bytes()).hexdigest()
-        for file in sorted(folder.glob("*.safetensors"))
-    }
+    return {file.name: digest(file) for file in sorted(folder.glob("*.safetensors"))}
 
 
 def _whole(folder: Path, known: dict[str, str]) -> bool:

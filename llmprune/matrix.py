@@ -70,6 +70,11 @@ class Matrix:
         weight = self._stored()
         return weight.T if self.transposed else weight
 
+    def part(self, whole: Tensor) -> Tensor:
+        """Its own part, as [out, in], of a tensor in the layout of the whole parameter; shares memory."""
+        own = whole if self.expert is None else whole[self.expert]
+        return own.T if self.transposed else own
+
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in)."""

@@ -21,6 +21,7 @@ from torch import Tensor
 from llmprune import hub, loading
 from llmprune.allocate import allocated, decided
 from llmprune.by_block import losses_by_block, share_windows
+from llmprune.calibrate import told
 from llmprune.calibration import Calibration
 from llmprune.checkpoint.save import check_target, write_side_files
 from llmprune.checkpoint.shelf import Shelf
@@ -140,11 +141,7 @@ def _unwritten(error: OSError, work: Workplace) -> CheckpointError:
 def _say_what(job: Job, shelf: Shelf, chosen: list[Matrix], data: Calibration | None) -> None:
     name, pattern = type(shelf.model).__name__, job.prune.built()[1]
     job.voice.say(f"{name}: {len(chosen)} matrices to prune with {job.prune.method}, {pattern}")
-    if data is None:
-        job.voice.say(f"{job.prune.method} looks at the weights alone: no calibration data is read")
-        return
-    windows, seqlen = data.ids.shape
-    job.voice.say(f"calibrating on {windows} windows of {seqlen} tokens from {data.source}")
+    job.voice.say(told(job.prune, data))
 
 
 @dataclass

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -243,6 +244,21 @@ def tiny(model_type: str) -> Any:
     torch.manual_seed(0)
     config = _shrunk(CONFIG_MAPPING[model_type], model_type)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def kept_for_backward(model: Any, run: Callable[[], Tensor]) -> tuple[Tensor, int]:
+    """What `run` gives, and the bytes that autograd keeps for it beside the parameters of `model`."""
+    own = {p.data_ptr() for p in model.parameters()}
+    kept: dict[tuple[int, int], int] = {}
+
+    def see(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in own:
+            kept[tensor.data_ptr(), tensor.numel()] = tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(see, lambda tensor: tensor):
+        out = run()
+    return out, sum(kept.values())
 
 
 WINDOWS = torch.randint(0, VOCABULARY, (4, 16), generator=torch.Generator().manual_seed(1))

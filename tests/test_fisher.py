@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import streamed
 import torch
-from families import tiny
+from families import kept_for_backward, tiny
 from safetensors.torch import load_file
 from streamed import Runs, interrupted, same
 from test_repair import IDS, llama, outputs
@@ -22,7 +22,7 @@ from llmprune.allocation.fisher import ByFisher
 from llmprune.cli import main
 from llmprune.errors import ConfigError
 from llmprune.fisher import measure
-from llmprune.fisher.kept import Kept, OnDisk
+from llmprune.fisher.kept import InMemory, OnDisk
 from llmprune.fisher.known import BINS, Known, Part, histogram
 from llmprune.fisher.measure import known_in_memory
 from llmprune.fisher.settings import TOGETHER, Fisher
@@ -140,7 +140,7 @@ def test_blocks_below_the_first_chosen_one_need_no_gradient(monkeypatch: Any) ->
     parts: dict[int, Part] = {}
     run = measure.Measuring(
         walker, chosen, Fisher(), lambda index: nullcontext(), parts.__setitem__,
-        lambda block, depth, doing: told.append(f"{block} {doing.split()[0]}"), Kept(),
+        lambda block, depth, doing: told.append(f"{block} {doing.split()[0]}"), InMemory(),
     )  # fmt: skip
     run.run()
     assert len(told) == run.steps
@@ -265,21 +265,12 @@ def test_the_memory_that_is_planned_for_is_enough(family: str) -> None:
     walker = Walker(model, blocks(model)[1], [IDS])
     with torch.no_grad():
         hidden = walker.run(0, 0, None)
-    own = {p.data_ptr() for p in model.parameters()}
-    kept: dict[tuple[int, int], int] = {}
-
-    def see(tensor: Tensor) -> Tensor:
-        if tensor.data_ptr() not in own:
-            kept[tensor.data_ptr(), tensor.numel()] = tensor.nbytes
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(see, lambda tensor: tensor):
-        out = walker.run(1, 0, hidden.requires_grad_(True))
+    out, kept = kept_for_backward(model, lambda: walker.run(1, 0, hidden.requires_grad_(True)))
     parameters = list({id(m.parameter): m.parameter for m in here}.values())
     found = torch.autograd.grad(out.sum(), parameters, allow_unused=True)
     squares = max(8 * m.weight.numel() for m in here)
     held = sum(g.nbytes for g in found if g is not None) + squares + 8 * out.shape[-1] ** 2
-    assert sum(kept.values()) + held <= of_gradients(blocks(model)[1][1], here, IDS.numel())
+    assert kept + held <= of_gradients(blocks(model)[1][1], here, IDS.numel())
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "0.5"])

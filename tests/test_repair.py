@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import tiny
+from families import kept_for_backward, tiny
 from streamed import Runs, save_llama, write_text
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -470,22 +470,14 @@ def test_the_memory_that_is_planned_for_is_enough(family: str) -> None:
     walker = Walker(model, blocks(model)[1], [IDS])
     with torch.no_grad():
         hidden = walker.run(0, 0, None)
-    own = {p.data_ptr() for p in model.parameters()}
-    kept: dict[tuple[int, int], int] = {}
-
-    def see(tensor: Tensor) -> Tensor:
-        if tensor.data_ptr() not in own:
-            kept[tensor.data_ptr(), tensor.numel()] = tensor.nbytes
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(see, lambda tensor: tensor):
-        walker.run(1, 0, hidden).sum().backward()
+    total, kept = kept_for_backward(model, lambda: walker.run(1, 0, hidden).sum())
+    total.backward()
     states = 0
     for parameter in block.parameters():
         one = Tuned.of(parameter, torch.ones_like(parameter, dtype=torch.bool))
         held = [one.gradient, one.mean, one.square, one.best, one.keep, parameter.grad]
         states += sum(t.nbytes for t in held if t is not None)
-    assert sum(kept.values()) + states <= of_repair(block, IDS.numel())
+    assert kept + states <= of_repair(block, IDS.numel())
 
 
 def test_the_benchmark_of_its_settings(

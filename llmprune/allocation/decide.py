@@ -126,10 +126,8 @@ def by_fisher(allocation: ByFisher, chosen: Sequence[Matrix], task: Task) -> Dec
     shares = allocation.shares(counts, task.pattern)
     try:
         levels = leveled(allocation, parts, shares, task.pattern)
-    except (
-        NoLevels
-    ):  # all depend on all alike: then uniform is what it finds, and the report has it
-        levels = {}
+    except NoLevels:
+        levels = {}  # all depend on all alike: uniform is what it finds, and the report has the shares
     return Decision(
         levels, {"name": allocation.name, "paper": allocation.paper, "measured": shares}
     )

@@ -49,5 +49,10 @@ def _entry(path: Path, known: Mapping[str, Any] | None) -> dict[str, Any]:
         return {**seen, "sha256": known["sha256"]}
     if _BLOB.fullmatch(real.name):
         return {**seen, "sha256": real.name}
-    with real.open("rb") as file:
-        return {**seen, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {**seen, "sha256": digest(real)}
+
+
+def digest(path: Path) -> str:
+    """sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 
-class Kept:
+class InMemory:
     """Tensors between blocks, of one group of windows after the other, in main memory."""
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class Kept:
             del self._tensors[key]
 
 
-class OnDisk(Kept):
+class OnDisk:
     """Tensors in files that go with their folder.
 
     Attributes:
@@ -35,7 +35,6 @@ class OnDisk(Kept):
     """
 
     def __init__(self, folder: Path) -> None:
-        super().__init__()
         self.folder = folder
 
     def put(self, what: str, group: int, tensor: Tensor) -> None:
@@ -57,3 +56,6 @@ class OnDisk(Kept):
 
     def _file(self, what: str, group: int) -> Path:
         return self.folder / f"{what}-{group}.safetensors"
+
+
+Kept = InMemory | OnDisk

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from llmprune.errors import ConfigError, ModelError, NumericalError
-from llmprune.fisher.kept import Kept
+from llmprune.fisher.kept import InMemory, Kept
 from llmprune.fisher.known import Known, Part, histogram
 from llmprune.fisher.settings import Fisher
 from llmprune.model import Matrix
@@ -197,7 +197,7 @@ class Measuring:
             by_id = {id(p): g for p, g in zip(parameters, found, strict=False)}
             for m in here:
                 if (whole := by_id[id(m.parameter)]) is not None:  # None: no token reaches it
-                    squares = _of(m, whole).float().square()
+                    squares = m.part(whole).float().square()
                     for total, dim in zip(sums[m.name], (1, 0), strict=True):
                         total += squares.sum(dim)
         if here:
@@ -228,7 +228,7 @@ def known_in_memory(
 ) -> Known:
     """Measure a dense model that is in memory."""
     parts: dict[int, Part] = {}
-    kept = Kept()
+    kept = InMemory()
 
     def here(index: int | None) -> AbstractContextManager[None]:
         return nullcontext()
@@ -287,9 +287,3 @@ def _needed(walker: Walker, gradient: Tensor | None) -> Tensor:
             f"goes back through it; {WITHOUT}"
         )
     return gradient
-
-
-def _of(matrix: Matrix, whole: Tensor) -> Tensor:
-    """The part of a tensor like the parameter of `matrix` that belongs to it: [out, in]."""
-    part = whole if matrix.expert is None else whole[matrix.expert]
-    return part.T if matrix.transposed else part

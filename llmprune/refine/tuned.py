@@ -125,9 +125,8 @@ def _keeps(done: Sequence[Done], ranks: Ranks) -> dict[int, Tensor]:
         mask = found.setdefault(
             id(whole), torch.ones(whole.shape, dtype=torch.bool, device=whole.device)
         )
-        part = mask if matrix.expert is None else mask[matrix.expert]
         own = each.keep if each.keep.numel() else matrix.weight != 0  # pruned by another rank
-        part.copy_(own.T if matrix.transposed else own)
+        matrix.part(mask).copy_(own)
     if ranks.world > 1:  # the rank that pruned a matrix knows which of its zeros stay
         for mask in found.values():
             votes = mask.to(torch.int32)

@@ -172,8 +172,7 @@ def _stacked(part: Sequence[Matrix], masks: Mapping[str, Tensor]) -> Tensor | No
         return None
     whole = part[0].parameter != 0
     for matrix, mask in given.items():
-        one = whole if matrix.expert is None else whole[matrix.expert]
-        one.copy_(mask.T if matrix.transposed else mask)
+        matrix.part(whole).copy_(mask)
     return whole
 
 
