@@ -38,7 +38,7 @@ def main() -> None:
         rows = _measure(args, model, Path(scratch))
     import torch
 
-    from llmprune.run import versions
+    from llmprune.provenance import versions
 
     result = {
         "model": args.random or str(args.model.name),

@@ -23,13 +23,13 @@ import fcntl
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import resource
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -62,6 +62,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     "alps + fisher": {"method": "alps", "allocation": "fisher", "fisher": True},
     "balanced": {"quality": "balanced"},
     "best": {"quality": "best"},
+    "best by sparsegpt": {"quality": "best", "method": "sparsegpt", "settings": {"refit": True}},
+    "best untransformed": {"quality": "best", "transforms": ()},
+    "best without fisher": {"quality": "best", "fisher": False, "allocation": "uniform"},
+    "best, uniform": {"quality": "best", "allocation": "uniform"},
+    "best on given text": {"quality": "best", "generate": 0.0, "repair_settings": {"epochs": 8.0}},
 }
 FIRST = (
     "sparsegpt",
@@ -91,10 +96,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="also what another commit measured")
     parser.add_argument("--plot", type=Path, help="picture of perplexity against sparsity")
     parser.add_argument("--out", type=Path, required=True, help="JSON with everything")
-    parser.add_argument("--cell", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.cell:
-        return print(json.dumps(measured(json.loads(args.cell))))
     known = {**RECIPES, **{name: json.loads(text) for name, text in args.add}}
     if wrong := set(args.recipes or ()) - set(known):
         parser.error(f"no recipe {', '.join(sorted(wrong))}; there are {', '.join(known)}")
@@ -121,15 +123,14 @@ def run(args: argparse.Namespace, recipes: dict[str, dict[str, Any]]) -> list[st
                 continue
             path = folder(cell["model"], args.models)
             task = {**cell, "path": str(path), **texts.of(cell["model"], path, cell["seed"])}
-            command = [sys.executable, __file__, "--cell", json.dumps(task)]
-            command += ["--models", "-", "--out", str(args.out)]
-            found = subprocess.run(command, capture_output=True, text=True)
-            if found.returncode:
+            try:
+                found = apart(task)
+            except Exception as error:  # also that of a process that was killed
                 label = " ".join([cell["model"], cell["pattern"], cell["name"], str(cell["seed"])])
-                failed.append(f"{label}: {(found.stderr.strip().splitlines() or ['?'])[-1]}")
+                failed.append(f"{label}: {type(error).__name__}: {error}")
                 print(failed[-1], flush=True)
                 continue
-            row = {**cell, **json.loads(found.stdout.splitlines()[-1]), "commit": commit()}
+            row = {**cell, **found, "commit": commit()}
             print(json.dumps(row), flush=True)
             add(args.out, row)
     return failed
@@ -164,10 +165,11 @@ def cells(args: argparse.Namespace, recipes: dict[str, dict[str, Any]]) -> Itera
 
 
 def spelled(recipe: dict[str, Any], pattern: str) -> dict[str, Any]:
-    """`recipe` with the parts that a quality stands for under `pattern`, in place of its name."""
+    """`recipe` with the parts that its quality, and what it asks for besides, stand for under `pattern`."""
     if "quality" not in recipe:
         return recipe
-    parts = asdict(resolve(recipe["quality"], pattern, Asked()))
+    asked = {key: value for key, value in recipe.items() if key != "quality"}
+    parts = asdict(resolve(recipe["quality"], pattern, Asked(**asked)))
     plain = asdict(Parts())
     return {key: value for key, value in parts.items() if key == "method" or value != plain[key]}
 
@@ -247,6 +249,14 @@ class Texts:
         return path
 
 
+def apart(task: dict[str, Any]) -> dict[str, Any]:
+    """`measured` in a process of its own, begun from one that has imported the libraries and nothing else."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["llmprune.run", "llmprune.eval.perplexity"])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(measured, task).result()
+
+
 def measured(task: dict[str, Any]) -> dict[str, Any]:
     """One cell, in this process."""
     from transformers import AutoModelForCausalLM
@@ -269,6 +279,11 @@ def measured(task: dict[str, Any]) -> dict[str, Any]:
         found["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
         found["sparsity"] = round(report.sparsity, 6)
         turned = bool(report.recipe.get("transforms"))
+        if (
+            report.repair
+        ):  # what is left of each block's error, on windows learnt from and on others
+            found["learnt"] = round(fmean(r.after for r in report.repair), 6)
+            found["held_out"] = round(fmean(r.held_out_after for r in report.repair), 6)
     test = torch.from_numpy(np.load(task["test"])).long()
     result = perplexity(model, test, seqlen=task["seqlen"], dataset="test", limit=task["limit"])
     found["perplexity"] = round(result.perplexity, 4)

@@ -39,11 +39,11 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmprune import methods
+from llmprune.memory import default_batch
 from llmprune.model import Matrix, matrices
 from llmprune.pattern import NM, parse
 from llmprune.provenance import versions
 from llmprune.prune_matrix import Task
-from llmprune.run import default_batch
 from llmprune.sweep import pass_on, prune_block
 from llmprune.walk import Walker
 

@@ -42,11 +42,13 @@ class Calibration:
         ids: [samples, seqlen] int64, on the CPU.
         source: what the tokens were read from.
         seed: what chose the windows; without meaning when token ids were given.
+        written: so many of them, the last ones, the model has written itself (`llmprune.generate`).
     """
 
     ids: Tensor
     source: str
     seed: int
+    written: int = 0
 
     @cached_property
     def fingerprint(self) -> str:
@@ -61,7 +63,10 @@ class Calibration:
     def report(self) -> CalibrationReport:
         """Which tokens these are, for the run's report."""
         samples, seqlen = self.ids.shape
-        return CalibrationReport(self.source, samples, seqlen, self.seed, self.fingerprint)
+        given = samples - self.written
+        return CalibrationReport(
+            self.source, given, seqlen, self.seed, self.fingerprint, self.written
+        )
 
 
 def default_seqlen(model_limit: int | None) -> int:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from llmprune.checkpoint.shelf import Shelf
 from llmprune.deliver import check_layout
 from llmprune.errors import ConfigError, LLMPruneError, NotByBlock
+from llmprune.generated import check_writable
 from llmprune.memory import least
 from llmprune.model import Matrix, matrices
 from llmprune.observe import check_floodable
@@ -46,18 +47,32 @@ def choose(job: Job, shelf: Shelf, settings: Settings) -> tuple[list[Matrix], Ta
 
 
 def able(job: Job, shelf: Shelf, settings: Settings) -> tuple[Job, dict[str, str]]:
-    """`job` without a repair that its quality brings, where the model can be pruned without alone; and why.
+    """`job` without what its quality brings and cannot be had here, and why: text of its own, or a repair.
+
+    A repair goes only where the model can be pruned without it.
 
     Raises:
         LLMPruneError: what `choose` raises without a repair too.
+        ConfigError: for text that was asked for, and cannot be written.
     """
+    left_out: dict[str, str] = {}
+    try:
+        check_writable(job, shelf, settings)
+    except ConfigError as error:
+        if not job.prune.optional("generate"):
+            raise
+        job, left_out["generate"] = _without(job, "generate", str(error).partition(";")[0])
     if not job.prune.optional("repair"):
-        return job, {}
+        return job, left_out
     try:
         choose(job, shelf, settings)
     except LLMPruneError as error:
-        less = replace(job, prune=job.prune.without("repair"))
-        choose(less, shelf, settings)
-        job.voice.say(going_on(job.prune.quality, "repair", str(error)))
-        return less, {"repair": str(error)}
-    return job, {}
+        choose(replace(job, prune=job.prune.without("repair")), shelf, settings)
+        job, left_out["repair"] = _without(job, "repair", str(error))
+    return job, left_out
+
+
+def _without(job: Job, part: str, why: str) -> tuple[Job, str]:
+    """`job` without `part`, once it is said, and `why`."""
+    job.voice.say(going_on(job.prune.quality, part, why))
+    return replace(job, prune=job.prune.without(part)), why

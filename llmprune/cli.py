@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from llmprune.errors import ConfigError, Echoed, LLMPruneError, Lost, Stopped, nearest
-from llmprune.options import convert_parser, eval_parser, parser_for, prune_parser
+from llmprune.options import parser_for, prune_parser
+from llmprune.other_options import convert_parser, eval_parser
 from llmprune.parallel import joined, started
 
 if TYPE_CHECKING:
@@ -152,6 +153,7 @@ def _config(args: argparse.Namespace) -> PruneConfig:
         transform_settings=_settings(args.transform_set, "--transform-set"),
         fisher=args.fisher,
         fisher_settings=_settings(args.fisher_set, "--fisher-set"),
+        generate=args.generate,
     )
     return PruneConfig(
         sparsity=args.sparsity,

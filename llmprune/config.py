@@ -22,6 +22,8 @@ from llmprune.refine import settings as repairs
 from llmprune.refine.settings import Repair
 from llmprune.transforms import Transform, build
 
+MOST_GENERATED = 100
+
 
 @dataclass(frozen=True)
 class PruneConfig:
@@ -51,6 +53,7 @@ class PruneConfig:
         allocation_settings: the allocation's own fields.
         transforms: names of files in `llmprune.transforms`, what is done to the dense model first.
         transform_settings: their own fields; each goes to those that have it.
+        generate: windows to calibrate on that the dense model writes, for each one that is read.
         fisher: weigh errors by how much the model's output depends on them.
         fisher_settings: the fields of `llmprune.fisher.settings.Fisher`.
         quality: the name in `llmprune.quality` that parts came from; the run goes on without one of those
@@ -78,6 +81,7 @@ class PruneConfig:
     allocation_settings: Mapping[str, Any] = field(default_factory=dict)
     transforms: Sequence[str] = ()
     transform_settings: Mapping[str, Any] = field(default_factory=dict)
+    generate: float = 0.0
     fisher: bool = False
     fisher_settings: Mapping[str, Any] = field(default_factory=dict)
     quality: str | None = None
@@ -98,8 +102,21 @@ class PruneConfig:
             value = getattr(self, name)
             if value is not None and value < (2 if name == "seqlen" else 1):
                 raise ConfigError(f"{name} must be a positive number, got {value}")
+        self._check_generate()
         if isinstance(self.targets, str) or isinstance(self.ignore, str):
             raise ConfigError("targets and ignore are lists of names, not one text")
+
+    def _check_generate(self) -> None:
+        if not 0 <= self.generate <= MOST_GENERATED:
+            raise ConfigError(
+                f"generate is how many windows are written for each that is read, from 0 to "
+                f"{MOST_GENERATED}, got {self.generate:g}"
+            )
+        if self.generate and not self.needs_data and not self.optional("generate"):
+            raise ConfigError(
+                f"generate writes windows to calibrate on, and {self.method} looks at the weights alone; "
+                "leave it out"
+            )
 
     def built(self) -> tuple[Method[Any], Pattern]:
         """The method and the pattern these settings stand for.
@@ -168,7 +185,7 @@ class PruneConfig:
     def without(self, *parts: str) -> PruneConfig:
         """The same without these parts."""
         left: dict[str, Any] = {part: getattr(Parts(), part) for part in parts}
-        left |= {f"{part}_settings": {} for part in parts if part != "fisher"}
+        left |= {f"{part}_settings": {} for part in parts if part not in ("fisher", "generate")}
         now = {"fisher": self.fisher, "allocation": self.allocation, **left}
         if not now["fisher"] and now["allocation"] != "fisher":
             left["fisher_settings"] = {}
@@ -208,6 +225,7 @@ class PruneConfig:
             "allocation_settings": self.allocated().settings(),
             "transforms": list(self.transforms),
             "transform_settings": {t.name: t.settings() for t in self.transformations()},
+            "generate": self.generate,
             "fisher": self.fisher,
             "fisher_settings": weighing.as_dict() if weighing else {},
         }

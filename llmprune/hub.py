@@ -231,6 +231,7 @@ def _recipe(report: Report, pattern: str) -> str:
         ("sparsity of the pruned matrices", f"{report.sparsity:.2%}"),
         ("left dense", sum(1 for layer in report.layers if layer.skipped) or None),
         ("calibration", data and f"{data.samples} windows of {data.seqlen} tokens, {data.source}"),
+        ("written by the model itself", (data and data.written) or None),
         ("calibration seed", data and data.seed),
         ("calibration sha256", data and f"`{data.fingerprint}`"),
     ]

@@ -25,7 +25,7 @@ from llmprune.preserve import evaluating, random_state
 from llmprune.progress import Bar, timed
 from llmprune.prune_matrix import Task
 from llmprune.walk import Walker
-from llmprune.workplace import FISHER, Workplace, hidden_bytes
+from llmprune.workplace import FISHER, Workplace, hidden_bytes, tokens_of
 
 STEP = "fisher"
 """Its name in the journal."""
@@ -74,11 +74,12 @@ def room_to_measure(
     settings = job.prune.weighing()
     if settings is None or data is None:
         return 0, 0
-    count, seqlen = data.ids.shape
+    tokens, seqlen = tokens_of(job.prune, data), data.ids.shape[1]
+    count = tokens // seqlen
     share = len(settings.windows(count, seqlen)) / count
     inside = [m for m in chosen if m.block is not None]
-    each = hidden_bytes(shelf, data) // 2  # what one block passes on, of all windows
-    width = each // data.ids.numel() // next(shelf.layers.parameters()).element_size()
+    each = hidden_bytes(shelf, tokens) // 2  # what one block passes on, of all windows
+    width = each // tokens // next(shelf.layers.parameters()).element_size()
     metrics = 4 * width**2 * len({m.block for m in inside})
     return (
         int(each * share) * (len(shelf.layers) + 1),  # with the gradient

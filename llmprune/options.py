@@ -1,4 +1,4 @@
-"""The options of every command: names, defaults and what `--help` says of them."""
+"""The options of a run: names, defaults and what `--help` says of them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def parser_for(prog: str, description: str, epilog: str | None = None) -> _Parse
     )
 
 
-def _model_options(parser: argparse.ArgumentParser) -> None:
+def model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model", required=True, help="folder, Hub id, or demo (embedded, no network)"
@@ -63,7 +63,7 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _output_options(parser: argparse.ArgumentParser) -> None:
+def output_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
     group.add_argument("--json", action="store_true", help="print the report as JSON on stdout")
     group.add_argument("--quiet", action="store_true", help="no progress, no table; errors only")
@@ -78,14 +78,14 @@ def prune_parser() -> argparse.ArgumentParser:
         "perplexity before and after, save a checkpoint that anything can load.",
         _EPILOG,
     )
-    _model_options(parser)
+    model_options(parser)
     _pruning_options(parser)
     _quality_options(parser)
     _allocation_options(parser)
     _transform_options(parser)
     _calibration_options(parser)
     _result_options(parser)
-    _output_options(parser)
+    output_options(parser)
     return parser
 
 
@@ -204,6 +204,13 @@ def _calibration_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--text-column", help="column of the dataset or file that holds the text")
     group.add_argument("--samples", type=int, help="windows of tokens (128)")
     group.add_argument(
+        "--generate",
+        type=float,
+        metavar="SHARE",
+        help="calibrate also on windows that the dense model writes itself, so many for each of those "
+        "(0): a long --repair of few windows is better for it",
+    )
+    group.add_argument(
         "--seqlen",
         type=int,
         help="tokens per window, also for perplexity (min(2048, the model's limit))",
@@ -253,48 +260,3 @@ def _result_options(parser: argparse.ArgumentParser) -> None:
         help="perplexity before and after on this (wikitext2; demo for --model demo)",
     )
     group.add_argument("--no-eval", action="store_true", help="measure no perplexity")
-
-
-def eval_parser() -> argparse.ArgumentParser:
-    """Options of `python -m llmprune eval`."""
-    parser = parser_for(
-        "python -m llmprune eval",
-        "Perplexity by the papers' protocol (the split joined, tokenised once, disjoint windows, tail "
-        "dropped), or with --tasks whatever lm-eval offers.",
-    )
-    _model_options(parser)
-    group = parser.add_argument_group("evaluation")
-    group.add_argument(
-        "--dataset", help="wikitext2, c4, ptb, a dataset id, a file, .npy ids or demo (wikitext2)"
-    )
-    group.add_argument("--text-column", help="column of the dataset or file that holds the text")
-    group.add_argument(
-        "--seqlen", type=int, help="tokens per window (min(2048, the model's limit))"
-    )
-    group.add_argument("--batch-size", type=int, help="windows at once (what suits the device)")
-    group.add_argument("--bos", action="store_true", help="begin every window with the BOS token")
-    group.add_argument("--tasks", nargs="+", metavar="TASK", help="tasks of lm-eval (extra [eval])")
-    group.add_argument("--limit", type=int, help="examples per task of lm-eval")
-    group.add_argument("--num-fewshot", type=int, help="examples in the prompt of lm-eval's tasks")
-    _output_options(parser)
-    return parser
-
-
-def convert_parser() -> argparse.ArgumentParser:
-    """Options of `python -m llmprune convert`."""
-    parser = parser_for(
-        "python -m llmprune convert",
-        "Store a checkpoint without its zeros (--format sparse), or with them again (--format dense): "
-        "tensor by tensor, compared bit for bit before it is put in place. A sparse checkpoint needs "
-        "`import llmprune` to be loaded.",
-    )
-    parser.add_argument("source", metavar="IN", help="folder or Hub id")
-    parser.add_argument("target", metavar="OUT", type=Path, help="folder to write")
-    parser.add_argument("--format", required=True, choices=("sparse", "dense"), help="of OUT")
-    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
-    parser.add_argument("--max-shard-size", default="5GB", help="largest file of OUT (5GB)")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace OUT if it is a checkpoint"
-    )
-    _output_options(parser)
-    return parser

@@ -1,9 +1,9 @@
 """`--quality`: what is worth combining, by name: a method and what goes beyond it, in a table.
 
 A name stands for the parts in `QUALITIES`, which may differ for a share and for n:m. What the user sets
-himself wins, part by part (`resolve`). A repair, an allocation or Fisher information that a model cannot
-take is left out, and the run says so, where it is the quality's own; what the user has added is refused
-(`PruneConfig.optional`). Of transforms each part is tried, and left out, by itself.
+himself wins, part by part (`resolve`). A repair, an allocation, Fisher information or text of its own that a
+model cannot take or write is left out, and the run says so, where it is the quality's own; what the user has
+added is refused (`PruneConfig.optional`). Of transforms each part is tried, and left out, by itself.
 
 Nothing heavy is imported before a name is resolved: `--help` shows this table.
 """
@@ -34,6 +34,7 @@ class Parts:
     transform_settings: Mapping[str, Any] = field(default_factory=dict)
     fisher: bool = False
     fisher_settings: Mapping[str, Any] = field(default_factory=dict)
+    generate: float = 0.0
 
     def options(self) -> str:
         """The same as options of the command line."""
@@ -48,6 +49,7 @@ class Parts:
             words += _typed("--transform-set", self.transform_settings)
         words += ["--fisher"] if self.fisher else []
         words += _typed("--fisher-set", self.fisher_settings)
+        words += [f"--generate {self.generate:g}"] if self.generate else []
         return " ".join(words)
 
 
@@ -69,6 +71,7 @@ class Asked:
     transform_settings: Mapping[str, Any] | None = None
     fisher: bool | None = None
     fisher_settings: Mapping[str, Any] | None = None
+    generate: float | None = None
 
 
 @dataclass(frozen=True)
@@ -123,22 +126,25 @@ QUALITIES: dict[str, Quality] = {
         "2.3 to 3.1 times the time of SparseGPT" + _WHERE,
     ),
     "best": Quality(
-        "all there is for the lowest perplexity: the dense model is rotated (for n:m permuted), then ALPS "
-        "prunes each block and a long repair tunes it, weighed by Fisher information",
+        "all there is for the lowest perplexity: the dense model writes more text to calibrate on and is "
+        "rotated (for n:m permuted), then ALPS prunes each block and a repair tunes it, weighed by Fisher "
+        "information",
         Parts(
             method="alps",
             repair=True,
-            repair_settings={"epochs": 8.0},
+            repair_settings={"epochs": 4.0},
             allocation="fisher",
             transforms=("rotate",),
             fisher=True,
+            generate=1.0,
         ),
         Parts(
             method="alps",
             repair=True,
-            repair_settings={"epochs": 8.0},
+            repair_settings={"epochs": 4.0},
             transforms=("permute",),
             fisher=True,
+            generate=1.0,
         ),
         "13 to 17 times the time of SparseGPT" + _WHERE,
     ),
@@ -189,6 +195,7 @@ def resolve(name: str | None, sparsity: float | str | Pattern, asked: Asked) -> 
         {**_settings_of(transforms, base), **(asked.transform_settings or {})},
         fisher,
         {**(base.fisher_settings if measured else {}), **(asked.fisher_settings or {})},
+        base.generate if asked.generate is None else asked.generate,
     )
 
 

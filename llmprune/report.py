@@ -102,13 +102,23 @@ class PerplexityReport:
 
 @dataclass(frozen=True)
 class CalibrationReport:
-    """Which tokens were used: `fingerprint` is the sha256 of the windows."""
+    """Which tokens were used.
+
+    Attributes:
+        source: what the windows were read from.
+        samples: how many of them.
+        seqlen: tokens of each.
+        seed: that chose them.
+        fingerprint: the sha256 of all windows.
+        written: how many more the model has written itself.
+    """
 
     source: str
     samples: int
     seqlen: int
     seed: int
     fingerprint: str
+    written: int = 0
 
 
 @dataclass
@@ -128,9 +138,9 @@ class Report:
         transforms: by name what was done to the dense model before: its parts `done`, those `refused` with
             the reason, and `notes`. Where a part was done, weights do not compare with those of the original.
         left_out: of a run with `--quality`, parts of it that the model cannot take, and why: `repair`,
-            `fisher` or `allocation`. The recipe is without them.
+            `fisher`, `allocation` or `generate`. The recipe is without them.
         perplexity: by name, `dense` and `pruned`, when measured.
-        seconds: wall clock by phase: `load`, `calibration`, `fisher`, `prune`, ...
+        seconds: wall clock by phase: `load`, `calibration`, `generate`, `fisher`, `prune`, ...
         versions: of python and the packages, the platform and the device.
     """
 

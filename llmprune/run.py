@@ -16,26 +16,22 @@ from torch import Tensor, nn
 
 from llmprune.allocation.decide import decide
 from llmprune.calibrate import windows_of
-from llmprune.calibration import Calibration
 from llmprune.config import PruneConfig as PruneConfig
 from llmprune.errors import ConfigError
 from llmprune.fisher.known import Known
-from llmprune.fisher.measure import check_measurable, known_in_memory
-from llmprune.memory import default_batch
-from llmprune.model import Matrix, blocks, check_weights, matrices, unwrapped
-from llmprune.observe import check_floodable
+from llmprune.fisher.measure import known_in_memory
+from llmprune.model import Matrix, unwrapped
 from llmprune.pattern import Pattern, Within
 from llmprune.preserve import evaluating, random_state
 from llmprune.progress import Bar, timed
 from llmprune.provenance import describe, versions
-from llmprune.prune_matrix import Task, check_fit, prune_matrix
+from llmprune.prune_matrix import Task, prune_matrix
 from llmprune.quality import Asked, going_on, resolve
-from llmprune.refine.repair import check_repairable
+from llmprune.ready import able, batches_of, chosen_of, walker_on, with_written
 from llmprune.report import LayerReport, RepairReport, Report
 from llmprune.sweep import prune_blocks
 from llmprune.transforms.apply import in_memory
 from llmprune.walk import Walker
-from llmprune.whole import checked_walker
 
 
 def prune(
@@ -66,6 +62,7 @@ def prune(
     transform_settings: Mapping[str, Any] | None = None,
     fisher: bool | None = None,
     fisher_settings: Mapping[str, Any] | None = None,
+    generate: float | None = None,
     progress: bool = True,
 ) -> Report:
     """Prune a causal language model of transformers, in place.
@@ -105,6 +102,7 @@ def prune(
         fisher: weigh errors by how much the model's output depends on them, measured by one pass back
             through its blocks.
         fisher_settings: how; the fields of `llmprune.fisher.settings.Fisher`.
+        generate: calibrate also on windows that the model writes itself, so many for each that is read.
         progress: show a progress bar on stderr.
 
     Returns:
@@ -116,7 +114,7 @@ def prune(
     """
     asked = Asked(
         method, settings, repair, repair_settings, allocation, allocation_settings,
-        transforms, transform_settings, fisher, fisher_settings,
+        transforms, transform_settings, fisher, fisher_settings, generate,
     )  # fmt: skip
     config = PruneConfig(
         sparsity=sparsity,
@@ -154,7 +152,7 @@ def prune_with(
     """
     model = unwrapped(model)
     task = config.task()
-    chosen = _chosen(config, model, task)
+    chosen = chosen_of(config, model, task)
     seconds: dict[str, float] = {}
     with timed(seconds, "calibration"):
         data = windows_of(config, model, tokenizer, progress, say)
@@ -162,11 +160,17 @@ def prune_with(
     repaired: list[RepairReport] = []
     begun = time.perf_counter()
     with evaluating(model), random_state(model):
-        walker = _walker(model, data, config, say) if data is not None else None
-        config, left_out = _able(config, walker, say)
+        walker = walker_on(model, data, config, say) if data is not None else None
+        config, left_out = able(config, walker, say)
         task = config.task()
+        with timed(seconds, "generate"):
+            if data is not None:
+                data, unwritten = with_written(config, model, data, say, progress)
+                left_out |= unwritten
         with timed(seconds, "transforms"):
             transformed = _transformed(walker, config, stored or {}, say, progress)
+        if walker is not None and data is not None:
+            walker.batches = batches_of(config, model, data)
         with timed(seconds, "fisher"):
             task = replace(task, fisher=_known(walker, chosen, config, progress))
         with timed(seconds, "allocation"):
@@ -179,10 +183,12 @@ def prune_with(
         for matrix, report, keep in _pruned(walker, chosen, task, progress, repaired.append):
             layers[matrix.name] = report
             on_mask(matrix, report, keep)
-        before = seconds["transforms"] + seconds["fisher"] + seconds["allocation"]
+        parts = ("generate", "transforms", "fisher", "allocation")
+        before = sum(seconds[part] for part in parts)
         seconds["prune"] = time.perf_counter() - begun - before
     for phase, used in (
         ("calibration", data),
+        ("generate", data and data.written),
         ("transforms", transformed),
         ("fisher", task.fisher),
         ("allocation", decision.found),
@@ -205,53 +211,6 @@ def prune_with(
     if result.sparsity == 0:
         raise ConfigError(f"{task.pattern} removes no weight of any matrix; raise the sparsity")
     return result
-
-
-def _chosen(config: PruneConfig, model: nn.Module, task: Task) -> list[Matrix]:
-    """The matrices to prune, once it is known that they can be."""
-    chosen = matrices(model, config.targets, config.ignore)
-    check_fit(chosen, task.pattern, config.ragged)
-    check_weights(chosen)
-    if config.calibrate_all_experts:
-        check_floodable(chosen)
-    return chosen
-
-
-def _walker(
-    model: nn.Module, data: Calibration, config: PruneConfig, say: Callable[[str], None]
-) -> Walker:
-    """What runs the blocks of `model` on the windows of `data`, checked."""
-    device = next(model.parameters()).device
-    size = config.batch_size or default_batch(device, data.ids.shape[1])
-    return checked_walker(model, blocks(model)[1], list(data.batches(size)), say)
-
-
-def _able(
-    config: PruneConfig, walker: Walker | None, say: Callable[[str], None]
-) -> tuple[PruneConfig, dict[str, str]]:
-    """`config` without the parts that its quality brings and the model cannot take, and why.
-
-    Raises:
-        ConfigError: for a part that the user has asked for.
-    """
-    left_out: dict[str, str] = {}
-    if walker is None:
-        return config, left_out
-    parts = {
-        "repair": (config.repair, check_repairable),
-        "fisher": (config.fisher and config.weighing() is not None, check_measurable),
-        "allocation": (config.allocation == "fisher", check_measurable),
-    }
-    for part, (asked, check) in parts.items():
-        try:
-            if asked:
-                check(walker)
-        except ConfigError as error:
-            if not config.optional(part):
-                raise
-            left_out[part] = str(error).partition(";")[0]  # behind it is what to do about it
-            say(going_on(config.quality, part, left_out[part]))
-    return config.without(*left_out), left_out
 
 
 def _transformed(

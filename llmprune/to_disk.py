@@ -10,7 +10,7 @@ import errno
 import hashlib
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from llmprune.checkpoint.tensors import raw
 from llmprune.chosen import able, choose
 from llmprune.errors import CheckpointError, ConfigError, NotByBlock
 from llmprune.eval.perplexity import Losses, model_losses
+from llmprune.generated import with_own_text
 from llmprune.informed import informed, room_to_measure
 from llmprune.loading import Source
 from llmprune.memory import budget, fits, parse_size
@@ -113,7 +114,7 @@ def _to_target(
             if job.prune.allocation == "search":
                 stopping.left = "the same command goes on with its search"
             run = _Run(job, source, tokenizer, text, dense, settings, work, stopping, left_out)
-            report = run.report(*run.prune(chosen, task, data), data)
+            report = run.done(chosen, task, data)
             if job.ranks.leads:
                 run.finish(target, report)
     except NotByBlock:
@@ -156,9 +157,16 @@ class _Run:
     settings: Settings
     work: Workplace
     stopping: Stopping
-    left_out: Mapping[str, str]
+    left_out: dict[str, str]
     measured: dict[str, PerplexityReport] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+
+    def done(self, chosen: Sequence[Matrix], task: Task, data: Calibration | None) -> Report:
+        """Write what is missing of `data`, prune and report."""
+        if data is not None:
+            data, unwritten = with_own_text(self.job, self.source, self.work, data, self.seconds)
+            self.left_out |= unwritten
+        return self.report(*self.prune(chosen, task, data), data)
 
     def prune(
         self, chosen: Sequence[Matrix], task: Task, data: Calibration | None

@@ -182,7 +182,7 @@ def _make_room(shelf: Shelf, data: Calibration, settings: Settings, folder: Path
     """
     folder.mkdir(parents=True)
     most = Shards(folder, planned(shelf, layout(shelf, settings.dtype), untied=True), 2**62).bytes
-    need, free = most + hidden_bytes(shelf, data), shutil.disk_usage(folder).free
+    need, free = most + hidden_bytes(shelf, data.ids.numel()), shutil.disk_usage(folder).free
     if need > free:
         raise CheckpointError(
             f"{folder} needs {size(need)} for the transformed model while the run lasts, and its disk has "

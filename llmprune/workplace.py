@@ -20,6 +20,7 @@ from llmprune.checkpoint.shelf import Shelf
 from llmprune.checkpoint.target import put_in_place, resolve, size, unfinished
 from llmprune.checkpoint.target import settle as settle_target
 from llmprune.errors import CheckpointError
+from llmprune.generate import windows
 from llmprune.memory import Budget, default_batch
 from llmprune.parallel import ALONE, Ranks
 from llmprune.provenance import versions
@@ -80,7 +81,7 @@ class Workplace:
     def close(self) -> None:
         """End a run: nothing stays of one that has finished nothing, or whose result is in its place."""
         begun = (
-            bool({"allocation", "fisher"} & set(self.journal.steps))
+            bool({"allocation", "fisher", "generate"} & set(self.journal.steps))
             or (self.folder / SEARCH).is_dir()
         )
         if self.checkpoint.is_dir() and (self.blocks or begun):
@@ -122,8 +123,8 @@ def open_workplace(
 ) -> Workplace:
     """Open the folder in which the run to `target` keeps what it has finished, or begin one.
 
-    `packed` is what a result in the sparse format will take of the disk beside the dense one, `measured`
-    what Fisher information takes while it is measured, and from then on.
+    `data` is what was read. `packed` is what a result in the sparse format will take of the disk beside the
+    dense one, `measured` what Fisher information takes while it is measured, and from then on.
 
     Raises:
         ConfigError: when there is an unfinished run of something else.
@@ -148,7 +149,8 @@ def open_workplace(
             )
         if journal.resumed:
             say(f"taking up the unfinished run in {folder} ({work.blocks} blocks finished)")
-        hidden, (first, stays) = hidden_bytes(shelf, data, 2 if config.repair else 1), measured
+        hidden = hidden_bytes(shelf, tokens_of(config, data), 2 if config.repair else 1)
+        first, stays = measured
         first = 0 if FISHER in journal.steps else first  # the name of that step too
         _make_room(work, target, max(hidden, first) + stays, packed)
         ranks.tell(journal.steps)
@@ -170,15 +172,21 @@ def settle(target: Path) -> None:
         clear_finished(folder)
 
 
-def hidden_bytes(shelf: Shelf, data: Calibration | None, streams: int = 1) -> int:
-    """Bytes that hidden states need on the disk: those that enter a block, and those that leave it.
+def hidden_bytes(shelf: Shelf, tokens: int, streams: int = 1) -> int:
+    """Bytes that hidden states of `tokens` need on the disk: what enters a block, and what leaves it.
 
     For each of the `streams`; there are two where blocks are repaired.
     """
+    width = int(getattr(shelf.model.config.get_text_config(decoder=True), "hidden_size", 0))
+    return 2 * streams * tokens * width * next(shelf.layers.parameters()).element_size()
+
+
+def tokens_of(config: PruneConfig, data: Calibration | None) -> int:
+    """Tokens of all windows of a run: those of `data`, and those that are yet to be written beside it."""
     if data is None:
         return 0
-    width = int(getattr(shelf.model.config.get_text_config(decoder=True), "hidden_size", 0))
-    return 2 * streams * data.ids.numel() * width * next(shelf.layers.parameters()).element_size()
+    more = 0 if data.written else windows(len(data.ids), config.generate)
+    return (len(data.ids) + more) * data.ids.shape[1]
 
 
 def _make_room(work: Workplace, target: Path, hidden: int, packed: int) -> None:

@@ -35,6 +35,7 @@ FLOORS = (
         "stream",
         "by_block",
         "in_memory",
+        "generated",
         "informed",
         "to_disk",
         "transformed",

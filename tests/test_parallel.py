@@ -43,6 +43,7 @@ EXACT = {  # name -> model and options; all of them in float64 sums
         "llama",
         "--method sparsegpt --sparsity 0.6 --fisher --allocation fisher --fisher-set tokens=1",
     ),
+    "generate": ("llama", "--method sparsegpt --sparsity 2:4 --generate 0.5"),
     # two processes have no room for the sums of a whole block, one has
     "rounds": (
         "mixtral",

@@ -143,6 +143,7 @@ class TestWhatWins:
             transform_settings={"steps": 7, "sweeps": 3},
             fisher=True,
             fisher_settings={"mix": 0.5},
+            generate=0.5,
         )
         monkeypatch.setitem(QUALITIES, "own", own)
 
@@ -226,9 +227,9 @@ class TestWhatWins:
         mine = self.made(monkeypatch, *options, "--batch-size", "4")
         assert seen[0].recipe() == mine.recipe()
 
-    @pytest.mark.parametrize("part", ["repair", "allocation", "fisher"])
+    @pytest.mark.parametrize("part", ["repair", "allocation", "fisher", "generate"])
     def test_only_what_it_brings_may_be_left_out(self, part: str) -> None:
-        asked = {"repair": True, "allocation": "owl", "fisher": True}[part]
+        asked = {"repair": True, "allocation": "owl", "fisher": True, "generate": 0.5}[part]
         assert config("own").optional(part)
         assert config("own", **{part: asked}).optional(part)  # the same, said twice
         assert not config(None, **{part: asked}).optional(part)
