@@ -146,7 +146,7 @@ QUALITIES: dict[str, Quality] = {
             fisher=True,
             generate=1.0,
         ),
-        "13 to 17 times the time of SparseGPT" + _WHERE,
+        "17 to 21 times the time of SparseGPT" + _WHERE,
     ),
 }
 
