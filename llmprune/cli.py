@@ -169,6 +169,8 @@ def _config(args: argparse.Namespace) -> PruneConfig:
         batch_size=args.batch_size,
         calibrate_all_experts=args.calibrate_all_experts,
         sums=args.sums,
+        quantize=args.quantize,
+        quantize_settings=_settings(args.quantize_set, "--quantize-set"),
         quality=args.quality,
         **vars(resolve(args.quality, args.sparsity, asked)),
     )

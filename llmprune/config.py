@@ -14,7 +14,9 @@ from llmprune.errors import ConfigError
 from llmprune.fisher import settings as fishers
 from llmprune.fisher.settings import Fisher
 from llmprune.fisher.weigh import compete
+from llmprune.methods import quantized
 from llmprune.methods.base import Method
+from llmprune.methods.quantized import Quantize, Quantized
 from llmprune.pattern import Pattern, Within, parse
 from llmprune.prune_matrix import Task
 from llmprune.quality import Parts
@@ -56,6 +58,8 @@ class PruneConfig:
         generate: windows to calibrate on that the dense model writes, for each one that is read.
         fisher: weigh errors by how much the model's output depends on them.
         fisher_settings: the fields of `llmprune.fisher.settings.Fisher`.
+        quantize: `int8` or `int4`, what kept weights are rounded to; None leaves them as they are.
+        quantize_settings: the fields of `llmprune.methods.quantized.Quantize`.
         quality: the name in `llmprune.quality` that parts came from; the run goes on without one of those
             that the model cannot take.
     """
@@ -84,6 +88,8 @@ class PruneConfig:
     generate: float = 0.0
     fisher: bool = False
     fisher_settings: Mapping[str, Any] = field(default_factory=dict)
+    quantize: str | None = None
+    quantize_settings: Mapping[str, Any] = field(default_factory=dict)
     quality: str | None = None
 
     def __post_init__(self) -> None:
@@ -92,6 +98,7 @@ class PruneConfig:
         self.allocated().check(method, pattern)
         self.transformations()
         self.weighing()
+        self._check_grid(pattern)
         if self.quality is not None:
             qualities.get(self.quality)
         if self.ragged not in ("error", "dense"):
@@ -124,9 +131,41 @@ class PruneConfig:
         Raises:
             ConfigError: when a name or value makes no sense.
         """
-        method = methods.build(self.method, self.settings)
+        method, how = methods.build(self.method, self.settings), self.rounding()
+        method = Quantized(method, how) if how else method
         pattern = method.resolve(parse(self.sparsity, self.within))
         return method, pattern
+
+    def rounding(self) -> Quantize | None:
+        """What kept weights are rounded to, and how; None where they are not.
+
+        Raises:
+            ConfigError: when a name or value makes no sense, or there are settings for nothing.
+        """
+        if self.quantize is None:
+            if self.quantize_settings:
+                given = ", ".join(self.quantize_settings)
+                raise ConfigError(
+                    f"{given} is of fewer bits: add --quantize int8 (quantize='int8')"
+                )
+            return None
+        return quantized.build(self.quantize, self.quantize_settings)
+
+    def _check_grid(self, pattern: Pattern) -> None:
+        """Refuse what would move weights off their grid once they are rounded."""
+        if self.quantize is None:
+            return
+        if self.repair:
+            raise ConfigError(
+                f"a repair moves weights, and --quantize {self.quantize} has rounded them by then; leave the "
+                "repair out (--no-repair, repair=False), or --quantize"
+            )
+        known = self.weighing()
+        if known is not None and known.rows and compete(pattern):
+            raise ConfigError(
+                f"rows that --fisher has weighed lie on no grid of {self.quantize}; add --fisher-set "
+                "rows=false, or use n:m or --within row, where rows do not compete"
+            )
 
     def repairing(self) -> Repair | None:
         """How blocks are repaired; None where they are not.
@@ -205,7 +244,7 @@ class PruneConfig:
     def recipe(self) -> dict[str, Any]:
         """The settings as plain JSON types, with defaults spelled out."""
         method, pattern = self.built()
-        repair, weighing = self.repairing(), self.weighing()
+        repair, weighing, rounding = self.repairing(), self.weighing(), self.rounding()
         return {
             "quality": self.quality,
             "method": self.method,
@@ -228,4 +267,6 @@ class PruneConfig:
             "generate": self.generate,
             "fisher": self.fisher,
             "fisher_settings": weighing.as_dict() if weighing else {},
+            "quantize": self.quantize,
+            "quantize_settings": rounding.as_dict() if rounding else {},
         }

@@ -81,6 +81,7 @@ def prune_parser() -> argparse.ArgumentParser:
     model_options(parser)
     _pruning_options(parser)
     _quality_options(parser)
+    _quantize_options(parser)
     _allocation_options(parser)
     _transform_options(parser)
     _calibration_options(parser)
@@ -157,6 +158,23 @@ def _quality_options(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="KEY=VALUE",
         help="a setting of that: tokens, mix, rows, temperature, seed; also for --allocation fisher",
+    )
+
+
+def _quantize_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("fewer bits")
+    group.add_argument(
+        "--quantize",
+        metavar="NAME",
+        help="round what is kept to int8, one scale per row, or int4, one per 128 columns, and let the "
+        "columns to the right make up for it; not with --repair",
+    )
+    group.add_argument(
+        "--quantize-set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a setting of that: rounding (gptq or nearest), range (search or max), group, damping",
     )
 
 

@@ -148,8 +148,7 @@ def _prune_alike(
         except NumericalError as error:
             raise NumericalError(f"{matrix.name}: {error}") from error
         if known is not stats:
-            notes = {**pruned.notes, "fallback": task.method.name}
-            pruned = replace(pruned, notes=notes)
+            pruned = replace(pruned, notes={**pruned.notes, "fallback": task.method.called})
         yield _put(matrix, pruned, stats, sample, task, begun)
         del pruned  # its memory is for the next one
 
@@ -183,9 +182,8 @@ def _put(
         measured = _measure(matrix.weight, pruned, sample)
         wrong = _broken(pruned, measured, task)
     if wrong:
-        raise NumericalError(f"{task.method.name} gave {wrong} at {matrix.name}")
-    report = _report(matrix, measured, stats, dict(pruned.notes), begun)
-    report = replace(report, pattern=as_text(task.pattern))
+        raise NumericalError(f"{task.method.called} gave {wrong} at {matrix.name}")
+    report = _report(matrix, measured, stats, dict(pruned.notes), begun, as_text(task.pattern))
     matrix.write(pruned.weight)
     if pruned.late is None:
         return Done(matrix, report, pruned.keep)
@@ -260,6 +258,8 @@ def _broken(pruned: Pruned, measured: _Measured, task: Task) -> str | None:
         return "NaN or Inf weights"
     if measured.outside:
         return "weights outside its own mask"
+    if pruned.grid is not None and not pruned.grid.holds(pruned.weight):
+        return "weights off their grid"
     return _miscounted(pruned.keep, task.pattern) if task.method.exact else None
 
 
@@ -283,17 +283,18 @@ def _report(
     stats: Stats,
     notes: dict[str, float | int | str],
     begun: float,
+    pattern: str | None = None,
 ) -> LayerReport:
-    out, features = matrix.shape
     return LayerReport(
         name=matrix.name,
         shape=matrix.shape,
         expert=matrix.number,
         kept=measured.kept,
-        sparsity=1 - measured.kept / (out * features),
+        sparsity=1 - measured.kept / math.prod(matrix.shape),
         weight_error=measured.weight_error,
         output_error=measured.output_error,
         tokens=stats.tokens,
         seconds=time.perf_counter() - begun,
         notes=notes,
+        pattern=pattern,
     )

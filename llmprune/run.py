@@ -18,7 +18,6 @@ from llmprune.allocation.decide import decide
 from llmprune.calibrate import windows_of
 from llmprune.config import PruneConfig as PruneConfig
 from llmprune.errors import ConfigError
-from llmprune.fisher.known import Known
 from llmprune.fisher.measure import known_in_memory
 from llmprune.model import Matrix, unwrapped
 from llmprune.pattern import Pattern, Within
@@ -63,6 +62,8 @@ def prune(
     fisher: bool | None = None,
     fisher_settings: Mapping[str, Any] | None = None,
     generate: float | None = None,
+    quantize: str | None = None,
+    quantize_settings: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Report:
     """Prune a causal language model of transformers, in place.
@@ -103,6 +104,8 @@ def prune(
             through its blocks.
         fisher_settings: how; the fields of `llmprune.fisher.settings.Fisher`.
         generate: calibrate also on windows that the model writes itself, so many for each that is read.
+        quantize: `int8` or `int4`, what kept weights are rounded to.
+        quantize_settings: how; the fields of `llmprune.methods.quantized.Quantize`.
         progress: show a progress bar on stderr.
 
     Returns:
@@ -130,6 +133,8 @@ def prune(
         batch_size=batch_size,
         calibrate_all_experts=calibrate_all_experts,
         sums=sums,
+        quantize=quantize,
+        quantize_settings=quantize_settings or {},
         quality=quality,
         **vars(resolve(quality, sparsity, asked)),
     )
@@ -172,7 +177,8 @@ def prune_with(
         if walker is not None and data is not None:
             walker.batches = batches_of(config, model, data)
         with timed(seconds, "fisher"):
-            task = replace(task, fisher=_known(walker, chosen, config, progress))
+            if walker is not None and (how := config.weighing()) is not None:
+                task = replace(task, fisher=known_in_memory(walker, chosen, how, progress))
         with timed(seconds, "allocation"):
             optional = config.optional("allocation")
             decision = decide(config.allocated(), chosen, walker, task, progress, optional)
@@ -224,16 +230,6 @@ def _transformed(
     if walker is None or not config.transforms:
         return {}
     return in_memory(walker, config.transformations(), config.task(), stored, say, progress)
-
-
-def _known(
-    walker: Walker | None, chosen: Sequence[Matrix], config: PruneConfig, progress: bool
-) -> Known | None:
-    """Measure Fisher information on the dense model, where anything asks for it."""
-    settings = config.weighing()
-    if walker is None or settings is None:
-        return None
-    return known_in_memory(walker, chosen, settings, progress)
 
 
 def _pruned(

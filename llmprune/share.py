@@ -9,6 +9,7 @@ every matrix of a method that knows nothing of rows.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from llmprune.fisher.weigh import Solve
 from llmprune.methods.base import Method, Pruned, Share
+from llmprune.methods.grid import Grid
 from llmprune.observe import Observed
 from llmprune.parallel import Ranks
 from llmprune.pattern import Pattern
@@ -134,7 +136,18 @@ def _whole(weight: Tensor, part: Pruned, ranks: Ranks) -> Pruned:
         ranks.hand_out(pruned[rows], rank)
         ranks.hand_out(keep[rows], rank)
     found = torch.tensor(places, dtype=torch.int64, device=weight.device) if places else None
-    return Pruned(pruned, keep, part.notes, found)
+    return Pruned(pruned, keep, part.notes, found, _whole_grid(part.grid, spans, ranks))
+
+
+def _whole_grid(part: Grid | None, spans: Sequence[slice], ranks: Ranks) -> Grid | None:
+    """The grid of a matrix, of which each rank has that of its rows."""
+    if part is None:
+        return None
+    scale = part.scale.new_empty(spans[-1].stop, part.scale.shape[1])
+    scale[spans[ranks.rank]] = part.scale
+    for rank, rows in enumerate(spans):
+        ranks.hand_out(scale[rows], rank)
+    return replace(part, scale=scale)
 
 
 def _exchanged(

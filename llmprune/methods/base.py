@@ -14,9 +14,10 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from torch import Tensor
 
+from llmprune.methods.grid import Grid
 from llmprune.methods.registry import Registry, settled
 from llmprune.pattern import Pattern, Within
-from llmprune.stats import NoStats, Stats
+from llmprune.stats import Gram, InputNorms, NoStats, Stats
 
 S = TypeVar("S", bound=Stats)
 
@@ -31,12 +32,14 @@ class Pruned:
         notes: what the reader of the report must know of this matrix, such as raised damping.
         late: [n, 2] int64, rows and columns of kept weights that are zero while later blocks are
             calibrated: a method may correct its last few weights without disturbing what follows.
+        grid: on which the kept weights lie, rounded to their dtype; None where they may have any value.
     """
 
     weight: Tensor
     keep: Tensor
     notes: Mapping[str, float | int | str] = field(default_factory=dict)
     late: Tensor | None = None
+    grid: Grid | None = None
 
     @property
     def passed_on(self) -> Tensor:
@@ -91,6 +94,11 @@ class Method(ABC, Generic[S]):
     def settings(self) -> dict[str, Any]:
         """Every setting with its value, defaults too."""
         return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+
+    @property
+    def called(self) -> str:
+        """What messages and reports call it."""
+        return self.name
 
     @property
     def exact(self) -> bool:
@@ -148,6 +156,17 @@ class Scored(Method[S]):
         """Keep the highest scores of each comparison group."""
         keep = pattern.keep(self.score(weight, stats))
         return Pruned(weight.where(keep, 0), keep)
+
+
+def out_of(stats: Any, kind: type[Any]) -> Any:
+    """What statistics of the type `kind` know of the same inputs as `stats`, which know at least that."""
+    if isinstance(stats, kind):
+        return stats
+    if kind is InputNorms and isinstance(stats, Gram):
+        return stats.norms()
+    none = NoStats()
+    none.tokens = stats.tokens
+    return none
 
 
 _METHODS: Registry[Method[Any]] = Registry("method")

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from llmprune.errors import ConfigError
-from llmprune.methods.base import Method, Pruned, Share
+from llmprune.methods.base import Method, Pruned, Share, out_of
 from llmprune.methods.swaps import FLOOR, exchange
 from llmprune.pattern import Pattern
-from llmprune.stats import Gram, InputNorms, NoStats, Stats
+from llmprune.stats import Gram, Stats
 
 DAMPING = 0.3
 """On a diagonal of ones, at one token per feature; it falls with their number, as the best one does. After 8
@@ -246,13 +246,7 @@ class Refitted(Method[Gram]):
 
     def _known(self, stats: Gram) -> Any:
         """What the method learns, out of the Gram matrix."""
-        if self.inner.stats is Gram:
-            return stats
-        if self.inner.stats is InputNorms:
-            return stats.norms()
-        none = NoStats()
-        none.tokens = stats.tokens
-        return none
+        return out_of(stats, self.inner.stats)
 
 
 def wrapped(cls: type[Method[Any]], settings: Mapping[str, Any]) -> Method[Any]:

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from llmprune.errors import ConfigError
 from llmprune.methods.base import Method, Pruned, Share, register
+from llmprune.methods.grid import Grid, nearest
 from llmprune.methods.wanda import Wanda
 from llmprune.pattern import NM, Pattern, Unstructured, Within, keep_highest, kth_lowest
 from llmprune.stats import Gram, Stats
@@ -164,6 +165,52 @@ class SparseGPT(Method[Gram]):
             _solve(wt[block], kt[block], errors, upper[block, block], pattern)
             wt[block.stop :].addmm_(upper[block, block.stop :].T, errors, alpha=-1)
         return [torch.cat(spare) for spare in spares]
+
+
+def onto_grid(weight: Tensor, keep: Tensor, upper: Tensor, grid: Grid, block: int) -> Tensor:
+    """Sweep the columns of `weight` [out, in] so that what is kept comes to lie on `grid`.
+
+    The joint sweep of pruning and quantisation (arXiv 2301.00774, sec. 3.5): with the mask given, the error
+    of a removed weight and that of a kept one that is rounded both go to the columns on the right. Where
+    all is kept it is GPTQ (Frantar et al. 2022, arXiv 2210.17323), its columns in their own order.
+
+    Args:
+        weight: [out, in], what is to be approximated.
+        keep: [out, in] bool.
+        upper: `InverseFactor.upper` of the inputs.
+        grid: for all columns.
+        block: columns that are solved together; only a matter of speed.
+
+    Returns:
+        [out, in] float32, zero where `keep` is False.
+    """
+    wt = weight.T.to(torch.float32, copy=True).contiguous()
+    kt = keep.T
+    scales = grid.columns(len(wt))
+    for start in range(0, len(wt), block):
+        some = slice(start, min(start + block, len(wt)))
+        errors = torch.empty_like(wt[some])
+        _round(wt[some], kt[some], errors, upper[some, some], scales[some], grid.top)
+        wt[some.stop :].addmm_(upper[some, some.stop :].T, errors, alpha=-1)
+    return wt.T.contiguous()
+
+
+def _round(
+    wt: Tensor, kt: Tensor, errors: Tensor, u: Tensor, scales: Sequence[Tensor], top: int
+) -> None:
+    """`_solve` where the mask stands and kept weights are rounded: `wt` [width, out] ends on the grid."""
+    width = len(wt)
+    if width > LEAF:
+        half = width // 2
+        _round(wt[:half], kt[:half], errors[:half], u[:half, :half], scales[:half], top)
+        wt[half:].addmm_(u[:half, half:].T, errors[:half], alpha=-1)
+        _round(wt[half:], kt[half:], errors[half:], u[half:, half:], scales[half:], top)
+        return
+    for j in range(width):
+        point = nearest(wt[j], scales[j], top).masked_fill_(~kt[j], 0)
+        torch.sub(wt[j], point, out=errors[j]).div_(u[j, j])
+        wt[j] = point
+        wt[j + 1 :].addr_(u[j, j + 1 :], errors[j], alpha=-1)
 
 
 def _stacks(weights: Sequence[Tensor], shares: Sequence[Share]) -> Iterator[slice]:
