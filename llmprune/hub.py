@@ -226,6 +226,8 @@ def _recipe(report: Report, pattern: str) -> str:
         *((f"- {key}", value) for key, value in (recipe.get("settings") or {}).items()),
         ("pattern", f"{pattern}{meaning}"),
         ("compared within", recipe.get("within")),
+        ("rounded to", recipe.get("quantize")),
+        *((f"- {key}", value) for key, value in (recipe.get("quantize_settings") or {}).items()),
         ("shared out by", report.allocation.get("name")),
         *((f"{part} left out", why) for part, why in report.left_out.items()),
         ("sparsity of the pruned matrices", f"{report.sparsity:.2%}"),

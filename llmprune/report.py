@@ -203,6 +203,7 @@ class Report:
             lines.append(
                 f"damping raised: {len(raised)} (most at {most.name}, to {most.notes['damping']:g})"
             )
+        lines += self._rounded()
         lines += self._transformed()
         lines += [f"{part} left out: {why}" for part, why in self.left_out.items()]
         lines += self._weighed()
@@ -213,6 +214,21 @@ class Report:
                 f"   ({result.dataset}, {result.windows} windows of {result.seqlen})"
             )
         return "\n".join(lines)
+
+    def _rounded(self) -> list[str]:
+        """What kept weights were rounded to, and how many matrices only to the nearest of it."""
+        kind = self.recipe.get("quantize")
+        if kind is None:
+            return []
+        how = self.recipe["quantize_settings"]["rounding"]
+        done = [layer for layer in self.layers if "quantize" in layer.notes]
+        near = sum(layer.notes.get("rounding") == "nearest" for layer in done)
+        few = (
+            f", {near} of them to the nearest for want of tokens"
+            if near and how != "nearest"
+            else ""
+        )
+        return [f"rounded to {kind} ({how}): {len(done)} of {len(self.layers)} matrices{few}"]
 
     def _transformed(self) -> list[str]:
         """What was done to the dense model before, and what was left out."""

@@ -35,6 +35,8 @@ EXACT = {  # name -> model and options; all of them in float64 sums
     "alps-2of4": ("llama", "--method alps --sparsity 2:4"),
     "refit": ("llama", "--method sparsegpt --sparsity 0.6 --set refit=true"),
     "experts-alps": ("mixtral", "--method alps --sparsity 0.5"),
+    "int4": ("llama", "--method sparsegpt --sparsity 2:4 --quantize int4"),
+    "experts-int8": ("mixtral", "--method wanda --sparsity 0.5 --quantize int8"),
     "head": ("llama", "--method sparsegpt --sparsity 0.5 --targets lm_head 're:.*2.mlp.*'"),
     "experts": ("mixtral", "--method sparsegpt --sparsity 0.5"),
     "experts-2of4": ("mixtral", "--method wanda --sparsity 2:4"),

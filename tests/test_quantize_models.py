@@ -1,0 +1,185 @@
+"""Fewer bits in whole models: families with odd layouts, from disk to disk, on several processes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import WINDOWS, tiny
+from streamed import Runs, save_llama, save_mixtral, write_text
+from torch import Tensor
+
+import llmprune
+from llmprune.checkpoint import tensors
+from llmprune.checkpoint.files import find
+from llmprune.errors import ConfigError
+from llmprune.model import matrices
+from llmprune.run import PruneConfig
+
+TOP = {"int8": 127, "int4": 7}
+
+
+def on_a_grid(values: Tensor, top: int) -> bool:
+    """Whether some bfloat16 scale makes whole numbers up to `top` of all `values`: all are tried."""
+    largest = values.abs().max()
+    if largest == 0:
+        return True
+    for step in range(top, 0, -1):
+        first = (largest / step).bfloat16().view(torch.int16)
+        for near in range(-2, 3):
+            scale = (first + near).view(torch.bfloat16).float()
+            whole = (values.float() / scale).round()
+            fits = torch.equal((whole * scale).to(values.dtype), values)
+            if fits and float(whole.abs().max()) <= top:
+                return True
+    return False
+
+
+def check(weight: Tensor, kind: str, group: int) -> None:
+    """Every group of some rows of `weight` [out, in] lies on a grid of its own."""
+    for row in weight[:: max(1, len(weight) // 2)]:
+        for part in row.split(group or len(row)):
+            assert on_a_grid(part, TOP[kind])
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [("gpt2", "int8"), ("opt", "int4"), ("mixtral", "int4"), ("gpt_oss", "int8")],
+)
+def test_every_matrix_of_a_family_lies_on_its_grid(family: str, kind: str) -> None:
+    model = tiny(family)
+    masks: dict[str, Tensor] = {}
+    config = PruneConfig(
+        sparsity="2:4",
+        method="sparsegpt",
+        calibration=WINDOWS,
+        quantize=kind,
+        quantize_settings={"group": 16},
+    )
+    report = llmprune.run.prune_with(
+        config, model, progress=False, on_mask=lambda m, r, keep: masks.update({m.name: keep})
+    )
+    for matrix, layer in zip(matrices(model), report.layers, strict=True):
+        assert layer.notes["quantize"] == kind
+        assert not matrix.weight[~masks[matrix.name]].any()
+        check(matrix.weight.contiguous(), kind, 16)
+    assert f"rounded to {kind} (gptq): {len(report.layers)} of" in report.table()
+
+
+def test_experts_with_few_tokens_are_rounded_to_the_nearest() -> None:
+    model = tiny("mixtral")
+    report = llmprune.prune(
+        model,
+        calibration=WINDOWS[:1],
+        sparsity="2:4",
+        method="wanda",
+        quantize="int8",
+        progress=False,
+    )
+    routed = [layer for layer in report.layers if layer.expert is not None]
+    assert all(layer.notes["rounding"] == "nearest" for layer in routed)
+    assert {layer.notes["fallback"] for layer in routed} == {"magnitude in int8"}
+    for matrix in matrices(model):
+        check(matrix.weight.contiguous(), "int8", 0)
+
+
+def test_a_model_in_half_precision_holds_rounded_products() -> None:
+    model = tiny("llama").bfloat16()
+    llmprune.prune(
+        model, calibration=WINDOWS, sparsity=0.5, method="alps", quantize="int4", progress=False
+    )
+    for matrix in matrices(model):
+        check(matrix.weight, "int4", 128)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    save_llama(folder / "llama")
+    save_mixtral(folder / "mixtral")
+    write_text(folder / "text.txt")
+    return folder
+
+
+@pytest.mark.parametrize(("model", "method"), [("llama", "sparsegpt"), ("mixtral", "wanda")])
+def test_what_is_written_lies_on_the_grid(
+    place: Path, tmp_path: Path, model: str, method: str
+) -> None:
+    options = (
+        "--sparsity",
+        "2:4",
+        "--method",
+        method,
+        "--quantize",
+        "int4",
+        "--no-eval",
+        "--quiet",
+        "--samples",
+        8,
+    )
+    run = Runs(tmp_path, place / model, place / "text.txt", options)
+    assert run() == 0
+    report = json.loads((run.out / "llmprune.json").read_text())
+    assert report["recipe"]["quantize"] == "int4"
+    assert report["recipe"]["quantize_settings"]["group"] == 128
+    assert "| rounded to | int4 |" in (run.out / "README.md").read_text()
+    stored = tensors.index(find(str(run.out)))
+    looked = 0
+    for key, entry in stored.items():
+        if len(entry.shape) == 2 and ".layers." in key and "gate.weight" not in key:
+            weight = tensors.load(entry)
+            assert weight.dtype == torch.bfloat16
+            check(weight, "int4", 128)
+            looked += 1
+    assert looked
+
+
+def test_packing_keeps_every_bit(place: Path, tmp_path: Path) -> None:
+    options = ("--sparsity", "2:4", "--quantize", "int8", "--no-eval", "--quiet", "--samples", 8)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    dense = Runs(tmp_path / "a", place / "llama", place / "text.txt", options)
+    sparse = Runs(
+        tmp_path / "b", place / "llama", place / "text.txt", (*options, "--format", "sparse")
+    )
+    assert dense() == sparse() == 0
+    one, two = (tensors.index(find(str(run.out))) for run in (dense, sparse))
+    assert one.keys() == two.keys()
+    for key in one:
+        assert torch.equal(tensors.load(one[key]), tensors.load(two[key]))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"repair": True}, "a repair moves weights.*--no-repair"),
+        (
+            {"fisher": True, "method": "sparsegpt"},
+            "lie on no grid of int8; add --fisher-set rows=false",
+        ),
+        ({"method": "dsnot"}, "dsnot learns what a Gram matrix does not hold"),
+        ({"quantize": "int3"}, "no quantize 'int3'"),
+        (
+            {"quantize": None, "quantize_settings": {"group": 1}},
+            "group is of fewer bits: add --quantize",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_refused(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        PruneConfig(**{"sparsity": 0.5, "quantize": "int8", **config})
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"fisher": True, "sparsity": "2:4", "method": "sparsegpt"},
+        {"fisher": True, "fisher_settings": {"rows": False}, "method": "sparsegpt"},
+    ],
+)
+def test_fisher_information_goes_with_it_where_rows_do_not_compete(config: dict[str, Any]) -> None:
+    given: dict[str, Any] = {"sparsity": 0.5, "quantize": "int8", **config}
+    assert PruneConfig(**given).built()[0].called == "sparsegpt in int8"
