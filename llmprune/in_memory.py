@@ -17,7 +17,7 @@ from llmprune.model import Matrix, check_weights, matrices
 from llmprune.notice import ANYWHERE
 from llmprune.observe import check_floodable
 from llmprune.order import Job, Text
-from llmprune.packed_result import packed_bytes
+from llmprune.packed_result import packed_bytes, tell_fewer_bits
 from llmprune.progress import timed
 from llmprune.prune_matrix import check_fit
 from llmprune.report import PerplexityReport, Report
@@ -96,6 +96,7 @@ def _save(job: Job, target: Path, opened: Opened, chosen: Sequence[Matrix], repo
         sparse=(job.push_to_hub or ANYWHERE) if job.format == "sparse" else None,
     )
     job.voice.say(f"saved to {target}, counts and pattern verified from the files")
+    tell_fewer_bits(job, target)
 
 
 def round_to_stored(opened: Opened) -> None:

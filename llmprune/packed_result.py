@@ -5,9 +5,11 @@ So a run can be taken up wherever it ended; the price is that for a moment both 
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 from llmprune.checkpoint.convert import pack_folder
 from llmprune.checkpoint.shelf import Shelf
@@ -31,6 +33,19 @@ def pack(job: Job, work: Workplace, max_shard_size: int) -> None:
     name = job.push_to_hub or ANYWHERE
     quiet = job.voice.quiet
     pack_folder(work.checkpoint, work.folder / PACKED, max_shard_size, name, progress=not quiet)
+
+
+def tell_fewer_bits(job: Job, target: Path) -> None:
+    """Say so where matrices of a result in `target` that were to be rounded are stored as values."""
+    if job.format == "dense" or job.prune.quantize is None:
+        return
+    told = json.loads((target / "sparse.json").read_text(encoding="utf-8"))
+    matrices = int(told["matrices"])
+    if left := matrices - sum(told.get("fewer_bits", {}).values()):
+        job.voice.say(
+            f"{left} of {matrices} packed matrices are stored as values: no scales give them bit for bit in "
+            f"{job.prune.quantize}, or none that take less"
+        )
 
 
 def room_to_pack(job: Job, shelf: Shelf, chosen: Sequence[Matrix]) -> int:

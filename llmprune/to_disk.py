@@ -36,7 +36,7 @@ from llmprune.loading import Source
 from llmprune.memory import budget, fits, parse_size
 from llmprune.model import Matrix, check_vocabulary
 from llmprune.order import Job, Text
-from llmprune.packed_result import pack, room_to_pack
+from llmprune.packed_result import pack, room_to_pack, tell_fewer_bits
 from llmprune.preserve import evaluating, random_state
 from llmprune.progress import Bar, timed
 from llmprune.provenance import describe, versions
@@ -294,3 +294,4 @@ class _Run:
         self.work.put_in_place(target, job.overwrite, packed=job.format == "sparse")
         if job.save is not None:
             job.voice.say(f"saved to {target}, counts and pattern verified from the files")
+            tell_fewer_bits(job, target)

@@ -344,9 +344,9 @@ def test_a_dense_checkpoint_is_refused_with_a_sparse_config(dense: Any, tmp_path
 
 def test_another_version_of_the_format_is_refused(folder: Path, tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"]["format_version"] = 2
+    config["quantization_config"]["format_version"] = 3
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(llmprune.LLMPruneError, match="version 2"):
+    with pytest.raises(llmprune.LLMPruneError, match="version 3 "):
         LlamaForCausalLM.from_pretrained(tmp_path)
 
 

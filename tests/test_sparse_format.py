@@ -133,14 +133,14 @@ def test_a_matrix_in_two_files(tmp_path: Path) -> None:
 
 def test_another_version(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
-    save_packed(path, {"w": torch.ones(4, 8)}, {}, llmprune__format_version="2")
-    with pytest.raises(CheckpointError, match=r"version '2' of the sparse format.*update llmprune"):
+    save_packed(path, {"w": torch.ones(4, 8)}, {}, llmprune__format_version="3")
+    with pytest.raises(CheckpointError, match=r"version '3' of the sparse format.*update llmprune"):
         tensors.index(find(path))
     folder = save_llama(tmp_path / "llama")
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "llmprune", "format_version": 2}
+    config["quantization_config"] = {"quant_method": "llmprune", "format_version": 3}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=r"config\.json is in version 2"):
+    with pytest.raises(CheckpointError, match=r"config\.json is in version 3"):
         loading.check(str(folder))
 
 

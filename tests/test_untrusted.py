@@ -592,12 +592,14 @@ def test_the_tensors_are_those_of_the_entry(tensors: dict[str, tuple[str, list[i
     refused(said(json.dumps({T: entry()}), **tensors), "is no valid sparse file")
 
 
-@pytest.mark.parametrize("version", ["2", "", "1.0", " 1", "\x1b[2J" * 10**5, None])
+@pytest.mark.parametrize("version", ["3", "0", "", "1.0", " 1", "\x1b[2J" * 10**5, None])
 def test_another_version_is_refused(version: str | None) -> None:
     about = {"llmprune.packed": "{}"}
     if version is not None:
         about["llmprune.format_version"] = version
-    refused(lambda: sparse.specs("model.safetensors", about, {}), "this llmprune reads version 1")
+    refused(
+        lambda: sparse.specs("model.safetensors", about, {}), "this llmprune reads versions 1 and 2"
+    )
 
 
 def test_very_many_matrices_are_checked_in_linear_time() -> None:

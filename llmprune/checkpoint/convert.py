@@ -39,12 +39,14 @@ class Conversion:
         target: folder that was written.
         to: format of the target.
         sizes: what it takes in either format.
+        values: packed matrices that are stored as values, although the run says that it has rounded.
     """
 
     source: str
     target: str
     to: Format
     sizes: Sizes
+    values: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as plain JSON types."""
@@ -54,6 +56,7 @@ class Conversion:
             "target": self.target,
             "format": self.to,
             **sizes.as_dict(),
+            **({"not_in_fewer_bits": list(self.values)} if self.values else {}),
             "bytes": {"dense": sizes.all_dense, "sparse": sizes.all_packed},
         }
 
@@ -68,7 +71,20 @@ class Conversion:
             f"{sizes.matrices} matrices ({held}): {size(sizes.dense_bytes)} dense, "
             f"{size(sizes.packed_bytes)} packed ({sizes.packed_bytes / sizes.dense_bytes:.4f})\n"
             f"all weights: {size(before)} -> {size(after)} ({after / before:.4f})\n"
-            f"saved to {self.target}, compared bit for bit with {self.source}"
+            f"{self._fewer()}saved to {self.target}, compared bit for bit with {self.source}"
+        )
+
+    def _fewer(self) -> str:
+        """A line on fewer bits, where a matrix is in them or could have been."""
+        if not self.sizes.fewer and not self.values:
+            return ""
+        held = ", ".join(f"{kind} in {count}" for kind, count in self.sizes.fewer.items())
+        line = f"fewer bits: {held or 'in none'}\n"
+        if not self.values:
+            return line
+        return (
+            f"{line}{len(self.values)} matrices keep their values, such as {self.values[0]}: they were to be "
+            "rounded, and no scales give them bit for bit, or none that take less\n"
         )
 
 
@@ -120,7 +136,7 @@ def convert(
             raise CheckpointError(
                 f"{target} could not be written: {error.strerror or error}; nothing is left of it"
             ) from error
-    return Conversion(str(source), str(target), to, found)
+    return Conversion(str(source), str(target), to, found, work.in_values(packed, to))
 
 
 def pack_folder(
@@ -176,15 +192,26 @@ class _Source:
             return there
         if there:
             raise ConfigError(f"{name} is sparse already; --format dense expands it")
-        recipe = packing.recipe_of(self.files.json("llmprune.json"))
-        kind = self.config.get("model_type")
-        found = packing.plan(self.stored, kind, recipe, lambda key: tell(f"counting {key}"))
+        report, kind = self.files.json("llmprune.json"), self.config.get("model_type")
+        found = packing.plan(
+            self.stored,
+            kind,
+            packing.recipe_of(report),
+            lambda key: tell(f"counting {key}"),
+            packing.rounding_of(report),
+        )
         if not found:
             raise ConfigError(
                 f"{name} has no matrix in its decoder blocks that would take less when packed: too few "
                 "weights are zero; prune it first (python -m llmprune --model ... --sparsity 0.5 --save ...)"
             )
         return found
+
+    def in_values(self, packed: Mapping[str, Spec], to: Format) -> tuple[str, ...]:
+        """The matrices that are packed as values, where the run says that it has rounded."""
+        if to == "dense" or packing.rounding_of(self.files.json("llmprune.json")) is None:
+            return ()
+        return tuple(key for key, spec in packed.items() if spec.bits is None)
 
     def need(self, sizes: Sizes, to: Format) -> int:
         """Bytes of the result."""
@@ -238,7 +265,7 @@ def write_config(folder: Path, config: Mapping[str, Any], sizes: Sizes | None) -
     if plain.get("transformers_weights") == sparse.CONFIG_GUARD:
         del plain["transformers_weights"]
     if sizes is not None:
-        plain["quantization_config"] = sparse.settings()
+        plain["quantization_config"] = sparse.settings(sizes.version)
         plain["transformers_weights"] = sparse.CONFIG_GUARD
         _write_json(folder / "sparse.json", sizes.as_dict())
     _write_json(folder / "config.json", plain)

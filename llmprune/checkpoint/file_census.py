@@ -12,7 +12,6 @@ from torch import Tensor
 from llmprune.checkpoint import tensors
 from llmprune.checkpoint.census import take
 from llmprune.checkpoint.decoder import axes, is_decoder
-from llmprune.checkpoint.sparse import BITMAP, VALUES
 from llmprune.checkpoint.tensors import Header, Stored
 from llmprune.errors import CheckpointError, short
 
@@ -34,6 +33,8 @@ class TensorCensus:
             before.
         decoder: whether it is a matrix of a decoder block, which is what llmprune prunes by
             default.
+        bits: of the whole numbers that stand for the kept weights of a packed matrix; None where values do.
+        group: neighbours that share a scale; None without whole numbers.
     """
 
     name: str
@@ -46,11 +47,23 @@ class TensorCensus:
     axis: str | None
     decoder: bool
     packed: bool = False
+    bits: int | None = None
+    group: int | None = None
 
     @property
     def weights(self) -> int:
         """Number of elements."""
         return prod(self.shape)
+
+    @property
+    def kept_as(self) -> str:
+        """How the kept weights of a packed matrix are stored: `values`, or `int4 in groups of 128`."""
+        return "values" if self.bits is None else f"int{self.bits} in groups of {self.group}"
+
+    @property
+    def stored(self) -> str:
+        """Of a packed matrix what it takes and how; nothing of a dense one."""
+        return f"  {8 * self.bytes / self.weights:.3f} bits, {self.kept_as}" if self.packed else ""
 
     @property
     def kind(self) -> str:
@@ -81,7 +94,7 @@ def read(
             raise CheckpointError(
                 f"{short(shard)} of {source} lacks {short(name)}, which the index expects in it"
             )
-    parts = {name + part for name in packed for part in ("", VALUES, BITMAP)}
+    parts = {part for name, stored in packed.items() for part in tensors.names_of(name, stored)}
     mine = {name for name, stored in packed.items() if stored.file == head.file}
     try:
         with safe_open(head.file, framework="pt", device="cpu") as file:
@@ -101,9 +114,10 @@ def read(
 def _packed(name: str, file: str, stored: Stored, model_type: str | None) -> TensorCensus:
     """What a packed matrix holds once it is unpacked."""
     assert stored.packed is not None
-    dtype = stored.packed.spec.dtype
-    found = _described(name, file, tensors.load(stored), dtype, model_type)
-    return replace(found, bytes=stored.bytes_in_file, packed=True)
+    spec = stored.packed.spec
+    found = _described(name, file, tensors.load(stored), spec.dtype, model_type)
+    size = stored.bytes_in_file
+    return replace(found, bytes=size, packed=True, bits=spec.bits, group=spec.group)
 
 
 def _described(

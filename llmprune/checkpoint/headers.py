@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmprune.checkpoint.sparse import BITMAP, VALUES, Spec
-from llmprune.checkpoint.tensors import header, packed
+from llmprune.checkpoint.sparse import Spec
+from llmprune.checkpoint.tensors import header, names_of, packed
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ def read_headers(files: Iterable[Path]) -> Headers:
         CheckpointError: a file cannot be read, or is no valid sparse file (docs/format.md).
     """
     heads = [header(path) for path in files]
-    specs = {n: s.packed.spec for n, s in packed(heads).items() if s.packed is not None}
-    hidden = {name + part for name in specs for part in (VALUES, BITMAP, "")}
+    found = packed(heads)
+    specs = {n: s.packed.spec for n, s in found.items() if s.packed is not None}
+    hidden = {key for parts in map(names_of, found, found.values()) for key in parts}
     return Headers(specs, frozenset({key for head in heads for key in head.entries} - hidden))

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from llmprune.checkpoint.file_census import TensorCensus as TensorCensus
 from llmprune.checkpoint.file_census import read
 from llmprune.checkpoint.files import find
-from llmprune.checkpoint.sparse import DTYPES, FORMAT_VERSION
+from llmprune.checkpoint.sparse import DTYPES, FEWER_BITS, FORMAT_VERSION
 from llmprune.checkpoint.target import size
 from llmprune.checkpoint.tensors import header, packed
 from llmprune.errors import short
@@ -70,11 +70,13 @@ class Inspection:
         dense = sum(t.weights * DTYPES[t.dtype].itemsize for t in found)
         packed = sum(t.bytes for t in found)
         return {
-            "format_version": FORMAT_VERSION,
+            "format_version": FEWER_BITS if any(t.bits for t in found) else FORMAT_VERSION,
             "matrices": len(found),
             "dense_bytes": dense,
             "packed_bytes": packed,
             "ratio": packed / dense,
+            "bits_per_weight": 8 * packed / sum(t.weights for t in found),
+            "kinds": dict(sorted(Counter(t.kept_as for t in found).items())),
         }
 
     def as_dict(self) -> dict[str, Any]:
@@ -100,7 +102,7 @@ class Inspection:
         names = [short(t.name.removesuffix(".weight"), 120) for t in ordered]
         width = max(map(len, names), default=0)
         return "\n".join(
-            f"{name:<{width}} {'x'.join(map(str, t.shape)):>14} {_share([t]):>8.2%}  {_held([t])}"
+            f"{name:<{width}} {'x'.join(map(str, t.shape)):>14} {_share([t]):>8.2%}  {_held([t])}{t.stored}"
             for name, t in zip(names, ordered, strict=True)
         )
 
@@ -134,6 +136,8 @@ class Inspection:
                 f"matrices take {size(sparse['packed_bytes'])}, {sparse['ratio']:.4f} of the "
                 f"{size(sparse['dense_bytes'])} that they would take dense"
             )
+            held = ", ".join(f"{kind} in {count}" for kind, count in sparse["kinds"].items())
+            lines.append(f"{sparse['bits_per_weight']:.3f} bits per weight of these: {held}")
         return "\n".join(lines)
 
     def _kinds(self) -> dict[str, list[TensorCensus]]:

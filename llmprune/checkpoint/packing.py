@@ -8,14 +8,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from llmprune.checkpoint import tensors
+from llmprune.checkpoint import tensors, whole
 from llmprune.checkpoint.census import Axis, Groups, cuts
 from llmprune.checkpoint.decoder import axes, is_decoder
-from llmprune.checkpoint.sparse import BITMAP, NAMES, VALUES, Spec
+from llmprune.checkpoint.sparse import BITMAP, NAMES, SCALES, VALUES, WHOLE, Spec
 from llmprune.checkpoint.tensors import Stored
 from llmprune.kernels.packed import nonzero_bits
 
@@ -23,6 +24,20 @@ NM = tuple[int, int]
 _NM = re.compile(r"([1-9][0-9]{0,3}):([1-9][0-9]{0,3})")
 _TOGETHER = 10**4  # rows that are looked at together at most, so that groups of each m are whole
 _DIMENSIONS = 8  # what docs/format.md allows
+_BITS = {"int8": 8, "int4": 4}
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What llmprune.json says that kept weights were rounded to.
+
+    Attributes:
+        kind: `int8` or `int4`.
+        group: columns that share a scale; 0 is a whole row.
+    """
+
+    kind: str
+    group: int
 
 
 def plan(
@@ -30,6 +45,7 @@ def plan(
     model_type: str | None,
     recipe: Sequence[NM],
     tell: Callable[[str], None] = lambda key: None,
+    rounding: Rounding | None = None,
 ) -> dict[str, Spec]:
     """The matrices of decoder blocks that take less when packed, by key.
 
@@ -39,6 +55,7 @@ def plan(
         recipe: every n:m of the run, of which a matrix has the first that it keeps, although another may
             be tighter.
         tell: told of every candidate before it is read.
+        rounding: of the run; where it is proven, a matrix is stored in fewer bits.
 
     Raises:
         CheckpointError: for a file that cannot be read.
@@ -46,7 +63,10 @@ def plan(
     found = {}
     for key in candidates(stored):
         tell(key)
-        spec = measure(stored[key], axes(model_type, True), recipe)
+        ways = axes(model_type, True)
+        spec = measure(stored[key], ways, recipe)
+        if rounding is not None and not stored.keys() & {key + WHOLE, key + SCALES}:
+            spec = _rounded(stored[key], spec, ways, recipe, rounding)
         if spec.bytes < stored[key].bytes:
             found[key] = spec
     return found
@@ -79,6 +99,31 @@ def recipe_of(report: Mapping[str, object]) -> list[NM]:
     return sorted(found, key=lambda nm: (nm[0] / nm[1], nm[1]))
 
 
+def rounding_of(report: Mapping[str, object]) -> Rounding | None:
+    """What llmprune.json says that the run rounded to; None where it says nothing that makes sense."""
+    recipe = report.get("recipe")
+    kind = recipe.get("quantize") if isinstance(recipe, Mapping) else None
+    settings = recipe.get("quantize_settings") if isinstance(recipe, Mapping) else None
+    group = settings.get("group") if isinstance(settings, Mapping) else None
+    if not isinstance(kind, str) or kind not in _BITS or type(group) is not int or group < 0:
+        return None
+    return Rounding(kind, group)
+
+
+def _rounded(
+    stored: Stored, spec: Spec, ways: tuple[Axis, ...], recipe: Sequence[NM], rounding: Rounding
+) -> Spec:
+    """`spec` in fewer bits, where every weight is proven to be such a product and it takes less so."""
+    for axis in sorted(ways, key=lambda way: way != spec.axis):  # that of the pattern first
+        found = spec if axis == spec.axis else measure(stored, (axis,), recipe)
+        length = spec.shape[-1 if axis == "rows" else -2]
+        group = min(rounding.group, length) or length
+        fewer = replace(found, bits=_BITS[rounding.kind], group=group)
+        if fewer.bytes < spec.bytes and whole.proven(parts_of(stored, fewer), fewer):
+            return fewer
+    return spec
+
+
 def measure(stored: Stored, ways: tuple[Axis, ...], recipe: Sequence[NM]) -> Spec:
     """Count the kept weights of a matrix and find its pattern; all but +0.0 is kept.
 
@@ -106,6 +151,12 @@ def measure(stored: Stored, ways: tuple[Axis, ...], recipe: Sequence[NM]) -> Spe
             pattern = f"{tightest[0]}:{tightest[1]}"
             return Spec(stored.shape, dtype, pattern, groups.axis, kept)
     return Spec(stored.shape, dtype, "unstructured", ways[0], kept)
+
+
+def parts_of(stored: Stored, spec: Spec) -> Iterator[Tensor]:
+    """`parts` that cut no group of those that share a scale."""
+    assert spec.group is not None
+    return parts(stored, spec.group if spec.axis == "columns" else 1)
 
 
 def parts(stored: Stored, group: int = 1) -> Iterator[Tensor]:

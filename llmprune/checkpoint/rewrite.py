@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ from torch import Tensor
 from llmprune.checkpoint import tensors
 from llmprune.checkpoint.census import cuts
 from llmprune.checkpoint.files import find
-from llmprune.checkpoint.packing import parts
+from llmprune.checkpoint.packing import parts, parts_of
 from llmprune.checkpoint.shards import Shards
-from llmprune.checkpoint.sparse import FORMAT_VERSION, Spec
+from llmprune.checkpoint.sparse import FEWER_BITS, FORMAT_VERSION, Spec
 from llmprune.checkpoint.target import size
 from llmprune.checkpoint.tensors import Stored, raw
 from llmprune.errors import CheckpointError
@@ -35,12 +35,19 @@ class Sizes:
         dense_bytes: of the packed matrices, were they dense.
         packed_bytes: of the packed matrices as they are; safetensors headers are not counted.
         all_dense: of all tensors, were none packed.
+        fewer: number of matrices whose kept weights are whole numbers, by kind; none where all have values.
     """
 
     patterns: dict[str, int]
     dense_bytes: int
     packed_bytes: int
     all_dense: int
+    fewer: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def version(self) -> int:
+        """Of the format."""
+        return FEWER_BITS if self.fewer else FORMAT_VERSION
 
     @property
     def matrices(self) -> int:
@@ -55,9 +62,10 @@ class Sizes:
     def as_dict(self) -> dict[str, Any]:
         """The content of sparse.json."""
         return {
-            "format_version": FORMAT_VERSION,
+            "format_version": self.version,
             "matrices": self.matrices,
             "patterns": self.patterns,
+            **({"fewer_bits": self.fewer} if self.fewer else {}),
             "dense_bytes": self.dense_bytes,
             "packed_bytes": self.packed_bytes,
         }
@@ -77,11 +85,13 @@ class Sizes:
 def sizes(stored: Mapping[str, Stored], packed: Mapping[str, Spec]) -> Sizes:
     """Of a checkpoint `stored`, where the matrices `packed` are."""
     patterns = Counter(spec.pattern for spec in packed.values())
+    fewer = Counter(f"int{spec.bits}" for spec in packed.values() if spec.bits is not None)
     return Sizes(
         dict(sorted(patterns.items())),
         sum(stored[key].bytes for key in packed),
         sum(spec.bytes for spec in packed.values()),
         sum(entry.bytes for entry in stored.values()),
+        dict(sorted(fewer.items())),
     )
 
 
@@ -105,7 +115,8 @@ def write(stored: Mapping[str, Stored], shards: Shards, tell: Callable[[str], No
     for key, entry in stored.items():
         tell(f"writing {key}")
         if key in shards.packed:
-            shards.write_packed(key, parts(entry))
+            spec = shards.packed[key]
+            shards.write_packed(key, parts(entry) if spec.bits is None else parts_of(entry, spec))
         else:
             shards.write(key, _slices(entry))
     shards.flush()

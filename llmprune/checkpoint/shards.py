@@ -2,7 +2,8 @@
 
 Every key, shape and dtype is known from the start, so the headers and the places of all tensors are too:
 a block is written into its place as soon as it is done, and the files are whole when the last one is.
-Of a packed matrix (docs/format.md) the number of kept weights has to be known beforehand, too.
+Of a packed matrix (docs/format.md) the number of kept weights has to be known beforehand, too, and in fewer
+bits the group that shares a scale.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import os
 import struct
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -19,8 +21,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from llmprune.checkpoint.sparse import BITMAP, VALUES, Spec, metadata
+from llmprune.checkpoint.sparse import BITMAP, SCALES, VALUES, WHOLE, Spec, metadata
 from llmprune.checkpoint.tensors import DTYPES, Stored, raw, size_of
+from llmprune.checkpoint.whole import stored_parts
 from llmprune.kernels.packed import bitmap_shape, pack
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -72,7 +75,7 @@ class Shards:
         """Plan the files for `tensors` (key, dtype, shape), in this order, none above the size.
 
         A tensor that is larger by itself gets a file of its own. What `packed` names is stored packed, its
-        two parts in one file.
+        parts in one file.
         """
         self.folder = folder
         self.packed = dict(packed or {})
@@ -158,16 +161,32 @@ class Shards:
         return file.digest.hexdigest()
 
     def write_packed(self, key: str, pieces: Iterable[Tensor]) -> None:
-        """Put a matrix that `packed` names, given as dense rows [n, columns], into its two places.
+        """Put a matrix that `packed` names, given as dense rows [n, columns], into its places.
+
+        Args:
+            key: its dense name.
+            pieces: in fewer bits, along columns, of whole groups.
 
         Raises:
+            CheckpointError: in fewer bits, for weights that have no scales; others than were planned with.
             OSError: when it cannot be written.
         """
+        if self.packed[key].bits is not None:
+            self._write_whole(key, pieces)
+            return
         with Filling(self, key + VALUES) as values, Filling(self, key + BITMAP) as bitmap:
             for piece in pieces:
                 part = pack(piece)
                 values.add(part.values)
                 bitmap.add(part.bitmap)
+
+    def _write_whole(self, key: str, pieces: Iterable[Tensor]) -> None:
+        names = (key + WHOLE, key + SCALES, key + BITMAP)
+        with ExitStack() as stack:
+            files = [stack.enter_context(Filling(self, name)) for name in names]
+            for part in stored_parts(key, pieces, self.packed[key]):
+                for file, tensor in zip(files, part, strict=True):
+                    file.add(tensor)
 
     def flush(self) -> None:
         """Wait until everything written is on the disk."""
@@ -245,8 +264,13 @@ def _rows(member: Planned, packed: Mapping[str, Spec]) -> list[Planned]:
     if key not in packed:
         return [member]
     guard: list[Planned] = [(key, dtype, (0,))] if key == min(packed) else []
-    kept = (packed[key].kept,)
-    return [*guard, (key + VALUES, dtype, kept), (key + BITMAP, torch.uint8, bitmap_shape(shape))]
+    spec = packed[key]
+    name, count = spec.numbers
+    bitmap = (key + BITMAP, torch.uint8, bitmap_shape(shape))
+    if spec.bits is None:
+        return [*guard, (key + VALUES, dtype, tuple(count)), bitmap]
+    whole = (key + WHOLE, DTYPES[name], tuple(count))
+    return [*guard, (key + SCALES, torch.bfloat16, spec.scales_shape), whole, bitmap]
 
 
 def _split(

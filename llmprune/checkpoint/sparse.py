@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,17 +18,20 @@ import torch
 from llmprune.errors import CheckpointError, short
 from llmprune.kernels.packed import bitmap_shape, packed_bytes
 
-FORMAT_VERSION = 1
+FORMAT_VERSION, FEWER_BITS = 1, 2
+"""Of files whose matrices all have values, and of those in which one has whole numbers of few bits."""
 QUANT_METHOD = "llmprune"
 CONFIG_GUARD = "this checkpoint is in llmprune's sparse format: run `import llmprune` first"
 """What `config.json` gives as `transformers_weights` (docs/format.md, The guard)."""
-VALUES, BITMAP = "_values", "_bitmap"
+VALUES, BITMAP, WHOLE, SCALES = "_values", "_bitmap", "_whole", "_scales"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _VERSION_KEY, _PACKED_KEY = "llmprune.format_version", "llmprune.packed"
 _PATTERN = re.compile(r"unstructured|([1-9][0-9]{0,3}):([1-9][0-9]{0,3})")
 _LARGEST = 2**63 - 1  # what an offset can reach
 _WIDEST = 4  # bytes of a float32
+_KEYS = {"shape", "dtype", "pattern", "axis"}
+_FEWER_KEYS = {*_KEYS, "bits", "group", "kept"}
 _DIMENSIONS = 8  # more than any weight has; torch stops at 64
 
 Entry = tuple[str, Sequence[int]]
@@ -45,6 +48,8 @@ class Spec:
         pattern: `n:m` or `unstructured`; a claim, until the bitmap has been looked at.
         axis: `rows` where the groups lie along the last dimension, `columns` along the one before.
         kept: number of kept values.
+        bits: 8 or 4, of the whole numbers that stand for them; None where they are stored themselves.
+        group: neighbours along `axis` that share a scale; None without whole numbers.
     """
 
     shape: tuple[int, ...]
@@ -52,6 +57,28 @@ class Spec:
     pattern: str
     axis: str
     kept: int
+    bits: int | None = None
+    group: int | None = None
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What the names of its tensors end with."""
+        return (VALUES, BITMAP) if self.bits is None else (WHOLE, SCALES, BITMAP)
+
+    @property
+    def scales_shape(self) -> tuple[int, ...]:
+        """Of the scales; of no meaning without whole numbers."""
+        group = self.group or 1
+        if self.axis == "rows":
+            return (*self.shape[:-1], -(-self.shape[-1] // group))
+        return (*self.shape[:-2], -(-self.shape[-2] // group), self.shape[-1])
+
+    @property
+    def numbers(self) -> Entry:
+        """Dtype and shape of the tensor that stands for the kept weights."""
+        if self.bits is None:
+            return self.dtype, (self.kept,)
+        return ("I8", (self.kept,)) if self.bits == 8 else ("U8", (-(-self.kept // 2),))
 
     @property
     def weights(self) -> int:
@@ -66,12 +93,20 @@ class Spec:
     @property
     def bytes(self) -> int:
         """What the matrix takes in the file."""
-        return packed_bytes(self.shape, self.kept, self.torch_dtype.itemsize)
+        if self.bits is None:
+            return packed_bytes(self.shape, self.kept, self.torch_dtype.itemsize)
+        scales = math.prod(self.scales_shape) * torch.bfloat16.itemsize
+        return packed_bytes(self.shape, self.numbers[1][0], 1) + scales
 
 
-def settings() -> dict[str, Any]:
+def version_of(specs: Iterable[Spec]) -> int:
+    """The version of what holds these packed matrices."""
+    return FEWER_BITS if any(spec.bits is not None for spec in specs) else FORMAT_VERSION
+
+
+def settings(version: int = FORMAT_VERSION) -> dict[str, Any]:
     """The `quantization_config` of a folder in this format."""
-    return {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION}
+    return {"quant_method": QUANT_METHOD, "format_version": version}
 
 
 def take_from(config: Any) -> bool:
@@ -96,10 +131,10 @@ def check_version(file: str, version: object) -> None:
     Raises:
         CheckpointError: when it does not.
     """
-    if str(version) != str(FORMAT_VERSION):
+    if str(version) not in (str(FORMAT_VERSION), str(FEWER_BITS)):
         raise CheckpointError(
             f"{short(file)} is in version {short(repr(version), 20)} of the sparse format; this llmprune "
-            f"reads version {FORMAT_VERSION}: update llmprune, or write the file again"
+            f"reads versions {FORMAT_VERSION} and {FEWER_BITS}: update llmprune, or write the file again"
         )
 
 
@@ -108,12 +143,13 @@ def metadata(specs: Mapping[str, Spec]) -> dict[str, str]:
     entries = {}
     for name, spec in specs.items():
         entries[name] = asdict(spec)
-        del entries[name]["kept"]  # the length of the values says it
+        if spec.bits is None:  # the length of the values says how many are kept
+            del entries[name]["kept"], entries[name]["bits"], entries[name]["group"]
     plain = {"format": "pt"}
     if not specs:
         return plain
     packed = json.dumps(entries, separators=(",", ":"), sort_keys=True)
-    return {**plain, _VERSION_KEY: str(FORMAT_VERSION), _PACKED_KEY: packed}
+    return {**plain, _VERSION_KEY: str(version_of(specs.values())), _PACKED_KEY: packed}
 
 
 def specs(file: str, about: Mapping[str, str], tensors: Mapping[str, Entry]) -> dict[str, Spec]:
@@ -136,9 +172,14 @@ def specs(file: str, about: Mapping[str, str], tensors: Mapping[str, Entry]) -> 
         raise _broken(file, f"llmprune.packed is no JSON ({short(error)})") from error
     if not isinstance(entries, dict):
         raise _broken(file, "llmprune.packed is no JSON object")
-    for name in entries:
-        if any(name + part in entries for part in (VALUES, BITMAP)) or name == "__metadata__":
+    fewer = str(about[_VERSION_KEY]) == str(FEWER_BITS)
+    for name, entry in entries.items():
+        few = isinstance(entry, dict) and "bits" in entry
+        needed = (VALUES, BITMAP, WHOLE, SCALES) if few else (VALUES, BITMAP)
+        if any(name + part in entries for part in needed) or name == "__metadata__":
             raise _broken(file, f"{short(name)} is a matrix, and another name needs its place")
+        if few and not fewer:
+            raise _broken(file, f"{short(name)} is in fewer bits, which version 1 does not know")
     return {name: _spec(file, name, entry, tensors) for name, entry in entries.items()}
 
 
@@ -152,8 +193,34 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _spec(file: str, name: str, entry: Any, tensors: Mapping[str, Entry]) -> Spec:
     """One entry of `llmprune.packed`, held against the tensors that it is about."""
-    if not isinstance(entry, dict) or set(entry) != {"shape", "dtype", "pattern", "axis"}:
-        raise _broken(file, f"{short(name)} needs shape, dtype, pattern and axis")
+    spec = _said(file, name, entry, tensors)
+    there = {part: tensors.get(name + part) for part in spec.parts}
+    for part, found in there.items():
+        if found is None:
+            raise _broken(file, f"{short(name)} lacks its {part} tensor")
+    wanted = {BITMAP: ("U8", bitmap_shape(spec.shape)), SCALES: ("BF16", spec.scales_shape)}
+    for part, found in there.items():
+        dtype, shape = wanted.get(part, spec.numbers)
+        assert found is not None
+        if found[0] != dtype or tuple(found[1]) != tuple(shape):
+            raise _broken(
+                file, f"the {part[1:]} of {short(name)} is {found[0]} {short(list(found[1]))}"
+            )
+    if spec.kept > spec.weights:
+        raise _broken(file, f"{short(name)} keeps {spec.kept} of {spec.weights} weights")
+    if tuple(tensors.get(name, ("", (0,)))[1]) != (0,):
+        raise _broken(file, f"{short(name)} is both packed and dense")
+    if spec.bits is not None and name + VALUES in tensors:
+        raise _broken(file, f"{short(name)} has both values and whole numbers")
+    return spec
+
+
+def _said(file: str, name: str, entry: Any, tensors: Mapping[str, Entry]) -> Spec:
+    """What one entry of `llmprune.packed` says, each word by itself."""
+    few = isinstance(entry, dict) and "bits" in entry
+    if not isinstance(entry, dict) or set(entry) != (_FEWER_KEYS if few else _KEYS):
+        more = ", and with bits group and kept" if few else ""
+        raise _broken(file, f"{short(name)} needs shape, dtype, pattern and axis{more}")
     shape, dtype, pattern, axis = (entry[k] for k in ("shape", "dtype", "pattern", "axis"))
     if not _possible(shape):
         raise _broken(file, f"{short(name)} has shape {short(shape)}")
@@ -161,20 +228,19 @@ def _spec(file: str, name: str, entry: Any, tensors: Mapping[str, Entry]) -> Spe
         raise _broken(file, f"{short(name)} has dtype {short(dtype)}")
     if axis not in ("rows", "columns"):
         raise _broken(file, f"{short(name)} has axis {short(axis)}")
-    if not isinstance(pattern, str) or not _fits(pattern, shape[-1 if axis == "rows" else -2]):
+    length = shape[-1 if axis == "rows" else -2]
+    if not isinstance(pattern, str) or not _fits(pattern, length):
         raise _broken(file, f"{short(name)} of shape {shape} has pattern {short(pattern)}")
-    values, bitmap = tensors.get(name + VALUES), tensors.get(name + BITMAP)
-    if values is None or bitmap is None:
-        raise _broken(
-            file, f"{short(name)} lacks its {VALUES if values is None else BITMAP} tensor"
-        )
-    if bitmap[0] != "U8" or tuple(bitmap[1]) != bitmap_shape(shape):
-        raise _broken(file, f"the bitmap of {short(name)} is {bitmap[0]} {short(bitmap[1])}")
-    if values[0] != dtype or len(values[1]) != 1 or values[1][0] > math.prod(shape):
-        raise _broken(file, f"the values of {short(name)} are {values[0]} {short(values[1])}")
-    if tuple(tensors.get(name, ("", (0,)))[1]) != (0,):
-        raise _broken(file, f"{short(name)} is both packed and dense")
-    return Spec(tuple(shape), dtype, pattern, axis, values[1][0])
+    if not few:
+        values = tensors.get(name + VALUES, ("", (0,)))[1]
+        kept = values[0] if len(values) == 1 else -1  # which no tensor has
+        return Spec(tuple(shape), dtype, pattern, axis, kept)
+    for key, least, most in (("bits", 4, 8), ("group", 1, length), ("kept", 0, _LARGEST)):
+        if type(entry[key]) is not int or not least <= entry[key] <= most:
+            raise _broken(file, f"{short(name)} of shape {shape} has {key} {short(entry[key])}")
+    if entry["bits"] not in (4, 8):
+        raise _broken(file, f"{short(name)} has bits {entry['bits']}")
+    return Spec(tuple(shape), dtype, pattern, axis, entry["kept"], entry["bits"], entry["group"])
 
 
 def _possible(shape: Any) -> bool:

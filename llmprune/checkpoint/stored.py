@@ -34,17 +34,19 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Packed:
-    """Where the two parts of a packed matrix lie (docs/format.md).
+    """Where the parts of a packed matrix lie (docs/format.md).
 
     Attributes:
         spec: what the header says of the matrix.
-        values: file of the kept values, and their first byte in it.
+        values: file of the kept values, or of the whole numbers that stand for them, and their first byte.
         bitmap: the same of the bitmap.
+        scales: the same of the scales; None where there are none.
     """
 
     spec: Spec
     values: tuple[Path, int]
     bitmap: tuple[Path, int]
+    scales: tuple[Path, int] | None = None
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llmprune.checkpoint.files import Files
-from llmprune.checkpoint.sparse import BITMAP, VALUES, Entry, once, specs
+from llmprune.checkpoint.sparse import BITMAP, SCALES, Entry, once, specs
 from llmprune.checkpoint.stored import DTYPES as DTYPES
 from llmprune.checkpoint.stored import Packed, Plain, Rows
 from llmprune.checkpoint.stored import Stored as Stored
@@ -55,7 +55,7 @@ def index(files: Files) -> dict[str, Stored]:
     """
     headers = [header(files.fetch(shard)) for shard in files.shards()]
     found = packed(headers)
-    hidden = {key + part for key in found for part in ("", VALUES, BITMAP)}
+    hidden = {key for parts in map(names_of, found, found.values()) for key in parts}
     for head in headers:
         for key in head.entries.keys() - hidden:
             entry = head.entries[key]
@@ -90,15 +90,17 @@ def packed(headers: Sequence[Header]) -> dict[str, Stored]:
     found: dict[str, Stored] = {}
     for head in headers:
         for key, spec in specs(head.file.name, head.about, plain).items():
-            where = Packed(spec, places[key + VALUES], places[key + BITMAP])
+            numbers, bitmap = places[key + spec.parts[0]], places[key + BITMAP]
+            scales = None if spec.bits is None else places[key + SCALES]
+            where = Packed(spec, numbers, bitmap, scales)
             stored = Stored(where.values[0], spec.torch_dtype, spec.shape, packed=where)
             if found.setdefault(key, stored) != stored:
                 raise CheckpointError(
                     f"{short(head.file.name)} and another file describe {short(key)} differently; get "
                     "them again"
                 )
-    for key in found:
-        if not found.keys().isdisjoint((key + VALUES, key + BITMAP)):
+    for key, stored in found.items():
+        if not found.keys().isdisjoint(names_of(key, stored)[1:]):
             raise CheckpointError(f"{short(key)} is packed, and so is a part of it; get it again")
     if found and twice:
         key, file = min(twice.items())
@@ -106,6 +108,12 @@ def packed(headers: Sequence[Header]) -> dict[str, Stored]:
             f"{short(file.name)} holds {short(key)}, and another file does, too; get them again"
         )
     return found
+
+
+def names_of(key: str, stored: Stored) -> list[str]:
+    """What the files may hold of a packed matrix: its dense name, then its parts."""
+    assert stored.packed is not None
+    return [key, *(key + part for part in stored.packed.spec.parts)]
 
 
 def header(path: Path) -> Header:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmprune.checkpoint.headers import Headers
-from llmprune.errors import ModelError
+from llmprune.errors import CheckpointError, ModelError
 from llmprune.runtime.routes import GUARD, Routes, find_routes
 from llmprune.runtime.seats import packed_weights, take_seats
 from llmprune.runtime.unpacking import Names, Unpacking, transforms
@@ -79,6 +79,8 @@ class Arrival:
             ModelError: for a tensor that does not fit the config.
             CheckpointError: for values and a bitmap that do not fit each other.
         """
+        if self.routes.flaws:
+            raise CheckpointError(f"{self.routes.flaws[0]}; copy or download it again")
         for name, (dtype, shape) in self.expected.items():
             tensor = model.get_parameter_or_buffer(name)
             if tensor.shape != shape and not self.may_vary(name):

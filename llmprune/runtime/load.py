@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from llmprune.checkpoint.quiet import quiet
 from llmprune.checkpoint.sparse import BITMAP, VALUES, Spec
 from llmprune.checkpoint.stored import read
 from llmprune.checkpoint.tensors import Later, Stored
+from llmprune.checkpoint.unpack import Unpacker
 from llmprune.errors import CheckpointError, ConfigError, LLMPruneError, ModelError, nearest, short
 from llmprune.kernels.packed import Packed, bitmap_shape
 from llmprune.memory import trim
@@ -115,7 +117,9 @@ def _quantization(stored: dict[str, Stored]) -> Any:
     from llmprune.runtime.quantizer import SparseConfig
 
     config = SparseConfig()
-    packed = {name: s.packed.spec for name, s in stored.items() if s.packed is not None}
+    specs = {name: s.packed.spec for name, s in stored.items() if s.packed is not None}
+    # whole numbers become values while they are read
+    packed = {name: replace(spec, bits=None, group=None) for name, spec in specs.items()}
     config.headers = Headers(packed, frozenset(stored.keys() - packed.keys()))
     return config
 
@@ -134,7 +138,10 @@ def _state(stored: dict[str, Stored], keep: bool, bar: Bar) -> dict[str, Later]:
             continue
         spec = entry.packed.spec
         file, start = entry.packed.values
-        state[name + VALUES] = _Read(Stored(file, entry.dtype, (spec.kept,), start), step)
+        if spec.bits is None:
+            state[name + VALUES] = _Read(Stored(file, entry.dtype, (spec.kept,), start), step)
+        else:
+            state[name + VALUES] = _Products(entry, step)
         file, start = entry.packed.bitmap
         bitmap = Stored(file, torch.uint8, bitmap_shape(spec.shape), start)
         state[name + BITMAP] = _Bitmap(bitmap, name, spec)
@@ -161,6 +168,22 @@ class _Read(Later):
                 found = read(stored.file, stored.start, count, stored.dtype).reshape(stored.shape)
         else:
             found = super().__getitem__(everything)
+        if self._step is not None:
+            self._step()
+        return found
+
+
+class _Products(_Read):
+    """The kept weights of a matrix in fewer bits."""
+
+    def __getitem__(self, everything: Any) -> Tensor:
+        """[kept], on the CPU.
+
+        Raises:
+            CheckpointError: when its parts do not fit each other.
+        """
+        with self._one:
+            found = Unpacker(self.stored).values()
         if self._step is not None:
             self._step()
         return found

@@ -145,6 +145,14 @@ class SparseQuantizer(HfQuantizer):  # type: ignore[misc]
         self._arrival = Arrival.prepare(model, weight_conversions, headers, keep, dtype)
         return self._arrival.transforms(weight_conversions)
 
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> Any:
+        """What a tensor is brought to while it is read, since transformers 5.18: scales stay as they are."""
+        from llmprune.runtime.unpacking import Unpacking
+
+        if isinstance(converter, Unpacking) and converter.routes.fewer:
+            return None
+        return super().get_new_dtype(converter, param, dtype)
+
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: Any) -> bool:
         """Whether a tensor may have another shape than the model has room for."""
         return self._arrival is not None and self._arrival.may_vary(param_name)

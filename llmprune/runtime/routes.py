@@ -7,7 +7,8 @@ transformers knows. What becomes of a dense T is asked of transformers itself, o
   keeps P packed calls them;
 - it is converted (experts that are merged, transposed, ...), or P is to be dense: then the parts are
   collected and unpacked, transformers' own operations are run on the result, and what comes out is packed
-  again where P is kept packed (`llmprune.runtime.unpacking`).
+  again where P is kept packed (`llmprune.runtime.unpacking`). So it is of a T in fewer bits, whose
+  `T_whole`, `T_scales` and `T_bitmap` become values on the way.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from transformers.core_model_loading import (
 )
 
 from llmprune.checkpoint.headers import Headers
-from llmprune.checkpoint.sparse import BITMAP, VALUES, Spec
+from llmprune.checkpoint.sparse import BITMAP, SCALES, VALUES, WHOLE, Spec
 from llmprune.errors import CheckpointError
 from llmprune.runtime.patterns import UNSTRUCTURED
 from llmprune.runtime.seats import Seat, seatable
@@ -42,8 +43,13 @@ class Part(StrEnum):
 
     VALUES = "llmprune:values"
     BITMAP = "llmprune:bitmap"
+    WHOLE = "llmprune:whole"
+    SCALES = "llmprune:scales"
     DENSE = "llmprune:dense"
     GUARD = "llmprune:guard"
+
+
+_PARTS = {VALUES: Part.VALUES, BITMAP: Part.BITMAP, WHOLE: Part.WHOLE, SCALES: Part.SCALES}
 
 
 @dataclass(frozen=True)
@@ -86,6 +92,7 @@ class Routes:
         names: file key, as transformers' renamings leave it, to the name in the model.
         collected: file key, likewise, to the name in the model and the part that it is.
         groups: by the name in the model under which their parts are collected.
+        flaws: what was found to be wrong with matrices while they were loaded.
     """
 
     seats: dict[str, Seat]
@@ -93,6 +100,12 @@ class Routes:
     names: dict[str, str] = field(default_factory=dict)
     collected: dict[str, tuple[str, Part]] = field(default_factory=dict)
     groups: dict[str, Group] = field(default_factory=dict)
+    flaws: list[str] = field(default_factory=list)
+
+    @property
+    def fewer(self) -> bool:
+        """Whether scales are among what is collected."""
+        return any(part is Part.SCALES for _, part in self.collected.values())
 
     def __deepcopy__(self, memo: Any) -> Routes:
         return self  # transformers copies a conversion for each parameter that it makes
@@ -152,7 +165,8 @@ def _lay(routes: Routes, trace: _Trace, origin: Origin) -> None:
         raise CheckpointError(
             f"{name} has shape {list(spec.shape)}, its config asks for {list(trace.shapes[first])}"
         )
-    if origin.pattern is None and first in routes.seats:
+    few = spec is not None and spec.bits is not None
+    if origin.pattern is None and first in routes.seats and not few:
         for part in (VALUES, BITMAP):
             routes.names[trace.arrives(name + part)] = first + part
         routes.names[trace.arrives(name)] = name + GUARD
@@ -162,7 +176,7 @@ def _lay(routes: Routes, trace: _Trace, origin: Origin) -> None:
     routes.groups.setdefault(place, Group(converter)).origins.append(origin)
     parts = {name: Part.DENSE}
     if spec is not None:
-        parts = {name + VALUES: Part.VALUES, name + BITMAP: Part.BITMAP, name: Part.GUARD}
+        parts = {name + part: _PARTS[part] for part in spec.parts} | {name: Part.GUARD}
     for key, part in parts.items():
         routes.collected[trace.arrives(key)] = place, part
 

@@ -15,9 +15,11 @@ from transformers.core_model_loading import (
     dot_natural_key,
 )
 
-from llmprune.checkpoint.sparse import BITMAP, VALUES
-from llmprune.errors import CheckpointError
-from llmprune.kernels.packed import Packed, nonzero_bits, pack, unpack, unpack_bits
+from llmprune.checkpoint.sparse import BITMAP, SCALES, VALUES, WHOLE, Spec
+from llmprune.checkpoint.unpack import WEIGHTS_AT_ONCE
+from llmprune.checkpoint.whole import flaw, of_halves, products, rows_of_scales, spread
+from llmprune.errors import CheckpointError, short
+from llmprune.kernels.packed import Packed, count, nonzero_bits, pack, unpack, unpack_bits
 from llmprune.runtime.fit import check_packed
 from llmprune.runtime.routes import Group, Part, Routes
 from llmprune.runtime.rows import rearranged
@@ -87,9 +89,11 @@ class _Unpack(ConversionOps):  # type: ignore[misc]
     ) -> dict[str, Tensor]:
         """The parameters of one group by name, in the dtypes that the model holds them in."""
         group = self.routes.groups[full_layer_name]
-        packed, dense = _collected(group, input_dict)
-        found = self._moved(group, packed, dense, model) or self._converted(
-            group, packed, dense, model
+        packed, dense = _collected(group, input_dict, self.routes.flaws)
+        found = (
+            self._kept(group, packed)
+            or self._moved(group, packed, dense, model)
+            or self._converted(group, packed, dense, model)
         )
         out: dict[str, Tensor] = {}
         for target, weight in found.items():
@@ -105,6 +109,15 @@ class _Unpack(ConversionOps):  # type: ignore[misc]
             else:
                 out[target] = weight.to(model.get_parameter_or_buffer(target).dtype)
         return out
+
+    def _kept(
+        self, group: Group, packed: Mapping[str, Packed]
+    ) -> Mapping[str, Packed | Tensor] | None:
+        """A matrix that only gets another name; None for everything else."""
+        origin = group.origins[0]
+        if group.converter is not None or origin.targets[0] not in self.routes.seats:
+            return None
+        return {origin.targets[0]: packed[origin.name]}
 
     def _moved(
         self, group: Group, packed: Mapping[str, Packed], dense: Mapping[str, Tensor], model: Any
@@ -134,22 +147,66 @@ class _Unpack(ConversionOps):  # type: ignore[misc]
 
 
 def _collected(
-    group: Group, parts: Mapping[str, Sequence[Tensor]]
+    group: Group, parts: Mapping[str, Sequence[Tensor]], flaws: list[str]
 ) -> tuple[dict[str, Packed], dict[str, Tensor]]:
     """The packed and the dense matrices of a group, by name in the files.
+
+    What is wrong with one in fewer bits goes to `flaws`, to be raised when all is loaded: transformers hides
+    what is raised here.
 
     Raises:
         CheckpointError: for values and bitmaps that do not fit each other.
     """
     specs = {o.name: o.spec for o in group.origins if o.spec is not None}
-    values = _named(list(specs), VALUES, parts.get(Part.VALUES, ()))
+    plain = [name for name, spec in specs.items() if spec.bits is None]
+    few = [name for name, spec in specs.items() if spec.bits is not None]
+    values = _named(plain, VALUES, parts.get(Part.VALUES, ()))
+    whole = _named(few, WHOLE, parts.get(Part.WHOLE, ()))
+    scales = _named(few, SCALES, parts.get(Part.SCALES, ()))
     bitmaps = _named(list(specs), BITMAP, parts.get(Part.BITMAP, ()))
+    for name in few:
+        try:
+            values[name] = _products(whole[name], scales[name], bitmaps[name], specs[name])
+        except CheckpointError as error:
+            flaws.append(f"{short(name)}: {error}")
+            values[name] = whole[name].new_empty(0, dtype=specs[name].torch_dtype)
+            bitmaps[name] = torch.zeros_like(bitmaps[name])
     rest = [o.name for o in group.origins if o.spec is None]
     dense = _named(rest, "", parts.get(Part.DENSE, ()))
     packed = {n: Packed(values[n], bitmaps[n], spec.shape) for n, spec in specs.items()}
     for matrix in packed.values():
         check_packed(matrix)
     return packed, dense
+
+
+def _products(whole: Tensor, scales: Tensor, bitmap: Tensor, spec: Spec) -> Tensor:
+    """The values that whole numbers and scales stand for, some rows at a time.
+
+    Raises:
+        CheckpointError: for parts that do not fit each other.
+    """
+    numbers = whole if spec.bits == 8 else of_halves(whole)
+    if len(numbers) > spec.kept and bool(numbers[spec.kept :].any()):
+        raise CheckpointError("half a byte behind the last whole number is not 0")
+    numbers = numbers[: spec.kept]
+    if scales.dtype != torch.bfloat16:
+        raise CheckpointError(f"scales arrive as {scales.dtype}, not as they are stored")
+    assert spec.bits is not None
+    if why := flaw(numbers, scales, spec.bits):
+        raise CheckpointError(why)
+    like = torch.zeros((), device=bitmap.device).expand(spec.kept)  # of that length, and no memory
+    check_packed(Packed(like, bitmap, spec.shape))
+    tall, flat = bitmap.flatten(0, -2), scales.flatten(0, -2)
+    out = numbers.new_empty(spec.kept, dtype=spec.torch_dtype)
+    step, done = max(1, WEIGHTS_AT_ONCE // spec.shape[-1]), 0
+    for first in range(0, len(tall), step):
+        part = tall[first : first + step]
+        end = done + count(part)
+        begin = int(rows_of_scales(spec, first, 1))
+        wide = spread(flat[begin:], spec, first, len(part))
+        out[done:end] = products(numbers[done:end], wide, part, spec.torch_dtype)
+        done = end
+    return out
 
 
 def _named(names: Sequence[str], part: str, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
