@@ -108,8 +108,8 @@ class Bench:
         os.chdir(place)  # so that a path that is not joined with the folder leads outside, too
         self.tally = Tally()
         # so that what is imported or compiled on first use is there
-        for dtype, sparse in product(("F32", "BF16"), (False, True)):
-            finish(valid(sparse=sparse, shards=2, dtype=dtype)).write(self._clear())
+        for dtype, sparse, bits in product(("F32", "BF16"), (False, True), (0, 4)):
+            finish(valid(sparse=sparse, shards=2, dtype=dtype, bits=bits)).write(self._clear())
             for reader in (READERS | SLOW).values():
                 reader(self.folder, self._fresh())
 

@@ -153,14 +153,16 @@ def plain(value: Any) -> str:
     return json.dumps(value)
 
 
-def valid(*, sparse: bool, shards: int, dtype: str = "F32", axis: str = "rows") -> Draft:
-    """A checkpoint with nothing wrong: one file and no index, or two and an index."""
-    draft: Draft = pickle.loads(_made(sparse, shards, dtype, axis))
+def valid(
+    *, sparse: bool, shards: int, dtype: str = "F32", axis: str = "rows", bits: int = 0
+) -> Draft:
+    """A checkpoint with nothing wrong: one file and no index, or two and an index; 0 bits are values."""
+    draft: Draft = pickle.loads(_made(sparse, shards, dtype, axis, bits))
     return draft
 
 
 @cache
-def _made(sparse: bool, shards: int, dtype: str, axis: str) -> bytes:
+def _made(sparse: bool, shards: int, dtype: str, axis: str, bits: int) -> bytes:
     """A valid checkpoint, pickled: the quickest copy."""
     rng = np.random.default_rng(0)
     names = list(PRUNED) + list(DENSE)
@@ -185,16 +187,38 @@ def _made(sparse: bool, shards: int, dtype: str, axis: str) -> bytes:
             bitmap = np.packbits(keep, axis=-1, bitorder="little")
             if not specs:
                 sheet.add(key, dtype, (0,), b"")
-            sheet.add(f"{key}_values", dtype, (int(keep.sum()),), _stored(weight[keep], dtype))
-            sheet.add(f"{key}_bitmap", "U8", bitmap.shape, bitmap.tobytes())
             specs[key] = {"shape": list(shape), "dtype": dtype, "pattern": "2:4", "axis": axis}
+            if bits:
+                specs[key] |= _whole(sheet, key, bits, shape, int(keep.sum()), axis)
+            else:
+                sheet.add(f"{key}_values", dtype, (int(keep.sum()),), _stored(weight[keep], dtype))
+            sheet.add(f"{key}_bitmap", "U8", bitmap.shape, bitmap.tobytes())
         about: dict[str, Any] = {"format": "pt"}
         if specs:
-            about |= {"llmprune.format_version": "1", "llmprune.packed": specs}
+            version = "2" if bits else "1"
+            about |= {"llmprune.format_version": version, "llmprune.packed": specs}
         sheet.entries.insert(0, ["__metadata__", about])
         index |= {key: name for key, _ in sheet.entries[1:]}
         sheets[name] = sheet
     return pickle.dumps(Draft(sheets, _objects(sparse, index if shards > 1 else None)))
+
+
+def _whole(
+    sheet: Sheet, key: str, bits: int, shape: tuple[int, ...], kept: int, axis: str
+) -> dict[str, int]:
+    """Add whole numbers and scales to a file; gives what is said of them."""
+    numbers = (np.arange(kept) % 15 - 7).astype(np.int8)
+    rows, columns = shape
+    groups = (rows, -(-columns // 3)) if axis == "rows" else (-(-rows // 3), columns)
+    scales = np.linspace(0.25, 2, groups[0] * groups[1], dtype="<f4").reshape(groups)
+    if bits == 8:
+        sheet.add(f"{key}_whole", "I8", (kept,), numbers.tobytes())
+    else:
+        pairs = np.pad(numbers, (0, kept % 2)).astype(np.uint8).reshape(-1, 2) & 15
+        halves = pairs[:, 0] | pairs[:, 1] << 4
+        sheet.add(f"{key}_whole", "U8", halves.shape, halves.tobytes())
+    sheet.add(f"{key}_scales", "BF16", groups, _stored(scales, "BF16"))
+    return {"bits": bits, "group": 3, "kept": kept}
 
 
 def _down(keep: np.ndarray) -> np.ndarray:

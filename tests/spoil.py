@@ -181,11 +181,11 @@ def spec_is_odd(draft: Draft, choices: Choices) -> None:
     spec = specs[choices.one(sorted(specs))]
     if not isinstance(spec, dict):
         return
-    key = choices.one(["shape", "dtype", "pattern", "axis", "more"])
+    key = choices.one(["shape", "dtype", "pattern", "axis", "bits", "group", "kept", "more"])
     value = choices.one(ODD)
     spec[key] = "x" if isinstance(value, Raw) else value
     if choices.below(8) == 7:
-        del spec[key]
+        spec.pop(key, None)
 
 
 def spec_shape(draft: Draft, choices: Choices) -> None:
@@ -212,13 +212,20 @@ def spec_shape(draft: Draft, choices: Choices) -> None:
 
 
 def spec_claims(draft: Draft, choices: Choices) -> None:
-    """Another pattern, axis or dtype than the file holds."""
+    """Another pattern, axis, dtype, or others of its numbers than the file holds."""
     specs = _specs(draft, choices)
     spec = specs[choices.one(sorted(specs))] if specs else {}
     if not isinstance(spec, dict):
         return
-    key = choices.one(["pattern", "axis", "dtype"])
-    claims = {"pattern": PATTERNS, "axis": ["columns", "rows", "Rows", ""], "dtype": DTYPES}
+    claims: dict[str, list[Any]] = {
+        "pattern": PATTERNS,
+        "axis": ["columns", "rows", "Rows", ""],
+        "dtype": DTYPES,
+        "bits": [4, 8, *NUMBERS],
+        "group": NUMBERS,
+        "kept": NUMBERS,
+    }
+    key = choices.one(["pattern", "axis", "dtype", *(k for k in claims if k in spec)])
     spec[key] = choices.one(claims[key])
 
 
@@ -228,13 +235,14 @@ def spec_name(draft: Draft, choices: Choices) -> None:
     if not specs:
         return
     name, other = choices.one(sorted(specs)), choices.one(sorted(specs))
-    new = choices.one([*NAMES, other + "_values", other + "_bitmap", "lm_head.weight", name[:-1]])
+    parts = (other + part for part in ("_values", "_bitmap", "_whole", "_scales"))
+    new = choices.one([*NAMES, *parts, "lm_head.weight", name[:-1]])
     spec = specs.pop(name) if choices.below(2) else specs[name]
     specs[new] = spec
     if choices.below(2) == 0:  # its parts go with it
         for sheet in draft.sheets.values():
             for entry in sheet.entries:
-                for part in ("_values", "_bitmap"):
+                for part in ("_values", "_bitmap", "_whole", "_scales"):
                     entry[0] = new + part if entry[0] == name + part else entry[0]
 
 
@@ -266,11 +274,12 @@ def metadata_is_odd(draft: Draft, choices: Choices) -> None:
 
 
 def content_lies(draft: Draft, choices: Choices) -> None:
-    """Bits and values that disagree, bits behind the last column, NaN."""
+    """Bits and values that disagree, bits behind the last column, NaN; wrong whole numbers and scales."""
     sheet = _sheet(draft, choices)
     entry = _entry(sheet, choices)
     for _ in range(8):
-        entry = entry if entry[0].endswith("_bitmap") else _entry(sheet, choices)
+        lies = entry[0].endswith(("_bitmap", "_whole", "_scales"))
+        entry = entry if lies else _entry(sheet, choices)
     try:
         begin, end = entry[1]["data_offsets"]
         for _ in range(1 + choices.below(3)):
@@ -501,6 +510,7 @@ def spoilt(data: bytes) -> Draft:
         shards=1 + choices.below(2),
         dtype=choices.one(["F32", "BF16", "F16"]),
         axis=choices.one(["rows", "rows", "columns"]),
+        bits=choices.one([0, 0, 4, 8]),
     )
     last: list[tuple[str, Mutation]] = []
     for _ in range(choices.one([1, 1, 1, 2, 3])):

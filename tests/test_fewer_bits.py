@@ -342,6 +342,25 @@ def test_a_run_and_what_can_be_done_with_it(
     assert [k for k in left if not equal(tensors.load(left[k]), tensors.load(right[k]))] == []
 
 
+def test_a_run_says_what_it_stores_as_values(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A scale for each weight takes more than the weight."""
+    save_llama(tmp_path / "model")
+    text = write_text(tmp_path / "text.txt", 700)
+    options = ("--sparsity", "2:4", "--quantize", "int8", "--quantize-set", "group=1")
+    options += ("--no-eval", "--samples", "8", "--format", "sparse")
+    run = Runs(tmp_path, tmp_path / "model", text, options)
+    assert run() == 0
+    told = inspect(run.out).sparse
+    assert told is not None
+    assert told["kinds"] == {"values": told["matrices"]}
+    assert told["format_version"] == 1
+    count = told["matrices"]
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{count} of {count} packed matrices are stored as values: no scales give them" in said
+
+
 T = "model.layers.0.mlp.up_proj.weight"
 
 

@@ -46,7 +46,8 @@ def folder(tmp_path: Path) -> Path:
 PARTS = ("bytes", "header", "metadata", "content", "index", "config", "folder")
 CHECKS = {
     "files._inside", "files._indexed", "files.json", "tensors.__enter__", "tensors.header", "sparse._spec",
-    "sparse.specs", "unpack.__init__", "unpack._checked", "file_census.read",
+    "sparse._said", "sparse.specs", "unpack._values", "unpack.__init__", "unpack._checked",
+    "file_census.read",
 }  # fmt: skip
 
 

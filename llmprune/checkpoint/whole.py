@@ -18,7 +18,9 @@ from llmprune.checkpoint.sparse import Spec
 from llmprune.errors import CheckpointError
 from llmprune.kernels.packed import pack, select
 
-_SAMPLE = 64  # groups that are tried before all: most matrices that lie on no grid are given up after them
+_SAMPLE = (
+    8  # groups that are tried before all: most matrices that lie on no grid are given up after them
+)
 _FINITE = 0x7F80  # as int16, bfloat16 numbers from +0 up to the largest are below
 _WORDS = {2: torch.int16, 4: torch.int32}
 
