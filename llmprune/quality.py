@@ -123,7 +123,7 @@ QUALITIES: dict[str, Quality] = {
             fisher_settings={"tokens": 8192},
         ),
         Parts(method="sparsegpt", settings=_REFIT, repair=True, repair_settings={"epochs": 1.0}),
-        "2.3 to 3.1 times the time of SparseGPT" + _WHERE,
+        "2.4 to 3.1 times the time of SparseGPT" + _WHERE,
     ),
     "best": Quality(
         "all there is for the lowest perplexity: the dense model writes more text to calibrate on and is "
@@ -146,7 +146,7 @@ QUALITIES: dict[str, Quality] = {
             fisher=True,
             generate=1.0,
         ),
-        "17 to 21 times the time of SparseGPT" + _WHERE,
+        "17 to 20 times the time of SparseGPT" + _WHERE,
     ),
 }
 
