@@ -1,9 +1,10 @@
 """Windows of text that the dense model writes itself, to be calibrated on beside those that are given.
 
-A block that is tuned for long on few windows learns them by heart: its error on those is then well below that
-on others (docs/generate.md). More text mends that, and a language model can write it: what it
-is likely to write is where its outputs have to stay as they were. Text of the model's own to calibrate on is
-in Williams & Aletras 2024, arXiv 2410.17170; there it takes the place of real text.
+A block that is tuned for long on few windows learns them by heart: its error on those is below that on others
+(`learnt` and `held_out` of the cells in benchmarks/results/frontier.json). More text mends that, and a model
+can write it: what it is likely to write is where its outputs have to stay as they were. Text of the model's
+own to calibrate on is in Williams & Aletras 2024, arXiv 2410.17170; there it takes the place of real
+text.
 
 Each window goes on from a few tokens of a given one, so that it is about as diverse as those are, and every
 token is drawn from the model's own predictions at temperature 1. What a checkpoint asks for when it is talked
@@ -12,7 +13,6 @@ to (its `generation_config`: temperature, end tokens, penalties) plays no part.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -149,7 +149,7 @@ def _plain(model: Any, length: int) -> Iterator[Any]:
     )
     own = getattr(model, "generation_config", None)
     if own is not None:
-        model.generation_config = copy.deepcopy(settings)
+        model.generation_config = settings
     try:
         yield settings
     finally:

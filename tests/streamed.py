@@ -93,6 +93,13 @@ def same(one: Path, two: Path) -> None:
     assert [name for name in left if left[name] != right[name]] == []
 
 
+def figures(capsys: pytest.CaptureFixture[str], *argv: object) -> dict[str, Any]:
+    """The JSON that a command prints."""
+    assert main([*map(str, argv), "--json", "--quiet"]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
 class Runs:
     """Runs of one command line in a folder; `peace` is the result of one that nothing disturbed."""
 

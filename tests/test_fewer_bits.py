@@ -14,7 +14,7 @@ import torch
 from packed_files import equal
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from streamed import Runs, save_llama, save_mixtral, write_text
+from streamed import Runs, figures, save_llama, save_mixtral, write_text
 from test_convert import UP, folder_of
 from test_sparse_format import decoder
 from test_stream import build
@@ -289,13 +289,6 @@ def test_what_transformers_saves_has_values(pair: tuple[Path, Path], tmp_path: P
         llmprune.load(tmp_path / "saved", "cpu", progress=False)(IDS).logits,
     )
     assert torch.equal(one, two)
-
-
-def figures(capsys: pytest.CaptureFixture[str], *argv: object) -> dict[str, Any]:
-    """The JSON that a command prints."""
-    assert main([*map(str, argv), "--json", "--quiet"]) == 0
-    found: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return found
 
 
 @pytest.mark.parametrize("make", [save_llama, save_mixtral])

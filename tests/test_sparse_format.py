@@ -10,7 +10,7 @@ import pytest
 import torch
 from packed_files import bits, equal, pack_folder, save_packed
 from safetensors.torch import load_file
-from streamed import same, save_llama, save_mixtral, timeless, write_text
+from streamed import figures, same, save_llama, save_mixtral, timeless, write_text
 from test_stream import BUILDS, build
 from torch import Tensor
 
@@ -20,7 +20,6 @@ from llmprune.checkpoint.files import find
 from llmprune.checkpoint.inspect import inspect
 from llmprune.checkpoint.skeleton import open_shelf
 from llmprune.checkpoint.verify import Expected, verify
-from llmprune.cli import main
 from llmprune.errors import CheckpointError
 from llmprune.pattern import NM
 
@@ -230,13 +229,6 @@ def test_verification_reads_packed_files(tmp_path: Path) -> None:
         verify(tmp_path, [Expected(name, (8, 16), 63)])
 
 
-def run(capsys: pytest.CaptureFixture[str], *argv: object) -> dict[str, Any]:
-    """The JSON that a command prints."""
-    assert main([*map(str, argv), "--json", "--quiet"]) == 0
-    found: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return found
-
-
 @pytest.mark.parametrize("make", [save_llama, save_mixtral])
 def test_the_command_line_on_both(
     make: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -246,7 +238,7 @@ def test_the_command_line_on_both(
     packed = twin(dense)
     text = write_text(tmp_path / "text.txt", 700)
     evaluated = [
-        run(capsys, "eval", "--model", m, "--dataset", text, "--seqlen", 16)["perplexity"]
+        figures(capsys, "eval", "--model", m, "--dataset", text, "--seqlen", 16)["perplexity"]
         for m in (dense, packed)
     ]
     assert evaluated[0] == evaluated[1]
@@ -256,7 +248,7 @@ def test_the_command_line_on_both(
         reports = []
         for model in (dense, packed):
             target = (*save, tmp_path / "out" / model.name) if save else ()
-            reports.append(run(capsys, "--model", model, *common, *recipe, *target))
+            reports.append(figures(capsys, "--model", model, *common, *recipe, *target))
         assert timeless(reports[0]["layers"]) == timeless(reports[1]["layers"])
         before, after = (
             [r["perplexity"][k]["perplexity"] for r in reports] for k in ("dense", "pruned")
