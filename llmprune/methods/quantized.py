@@ -31,7 +31,7 @@ from llmprune.methods.base import Around, Method, Pruned
 from llmprune.methods.grid import Grid, fitted
 from llmprune.methods.registry import settled
 from llmprune.methods.sparsegpt import SparseGPT, onto_grid
-from llmprune.pattern import Pattern
+from llmprune.pattern import Pattern, Within
 from llmprune.stats import Gram, InputNorms, NoStats, Stats
 
 BITS = {"int8": 8, "int4": 4}
@@ -100,6 +100,25 @@ def build(kind: str, settings: Mapping[str, Any]) -> Quantize:
         raise ConfigError(f"no quantize {kind!r}: {nearest(str(kind), list(BITS))}")
     usual = Quantize(kind, group=GROUPS[kind])
     return replace(usual, **settled("quantize", usual.as_dict(), settings))
+
+
+@dataclass(frozen=True)
+class Kept(Method[NoStats]):
+    """Keeps every weight that is not zero, as it is: what has been pruned already."""
+
+    name: ClassVar[str] = "kept"
+    stats: ClassVar[type[NoStats]] = NoStats
+    within: ClassVar[Within] = "row"
+    paper: ClassVar[str] = "none"
+    exact: ClassVar[bool] = False
+
+    def prune(self, weight: Tensor, stats: NoStats, pattern: Pattern) -> Pruned:
+        """`weight` and where it is not zero."""
+        return Pruned(weight, weight != 0)
+
+    def by_rows(self, pattern: Pattern) -> bool:
+        """Nothing is compared."""
+        return True
 
 
 @dataclass(frozen=True)
