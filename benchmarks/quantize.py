@@ -3,9 +3,10 @@ r"""Perplexity of fewer bits, on dense weights and on n:m, side by side with wha
     python benchmarks/quantize.py --models DIR demo --train train.txt --test test.txt \
         --windows wikillama-5m=calibration_ids.npy --out benchmarks/results/quantize.json
 
-Sparsity has to be judged against fewer bits. So beside pruned weights in int8 and int4, rounded to nearest
-and by the sweep, stand dense weights, rounded to the nearest and by GPTQ (the sweep with a mask of ones), in
-as many bits as a 2:4 weight takes: 5 for int8, 3 in groups of 128 for int4; and in 8 and 4 bits.
+Sparsity has to be judged against fewer bits. So beside weights that SparseGPT, ALPS or `--quality balanced`
+has pruned, in int8 and int4, rounded to the nearest and by the sweep, stand dense weights, rounded to the
+nearest and by GPTQ (the sweep with a mask of ones), in as many bits as a 2:4 weight takes: 5 for int8, 3 in
+groups of 128 for int4; and in 8 and 4 bits.
 All read the same windows and the same test text. `bits` are those of a weight of the pruned matrices in the
 format of docs/format.md. The models are float32.
 """
@@ -24,6 +25,7 @@ import torch
 from frontier import commit, fingerprint, folder
 from torch import Tensor
 
+import llmprune
 from llmprune import calibration, methods
 from llmprune.eval.perplexity import perplexity, token_ids
 from llmprune.methods import quantized
@@ -34,12 +36,13 @@ from llmprune.pattern import Pattern, Unstructured, Within, parse
 from llmprune.preserve import evaluating
 from llmprune.provenance import versions
 from llmprune.prune_matrix import Task
+from llmprune.quality import QUALITIES
 from llmprune.stats import Gram
 from llmprune.sweep import prune_blocks
 from llmprune.whole import checked_walker
 
 KINDS, ROUNDINGS = ("int8", "int4"), ("nearest", "gptq")
-METHODS = ("sparsegpt", "alps")
+METHODS = ("sparsegpt", "alps", "balanced")  # the last is a quality, rounded after its repair
 VALUE, SCALE = 16, 16  # bits of a bfloat16 number
 
 
@@ -76,7 +79,7 @@ class Narrow(Quantize):
 
 @dataclass(frozen=True)
 class Cell:
-    """What becomes of a model: pruned by `method` to `pattern`, then rounded; None leaves that out."""
+    """What becomes of a model: pruned by a method or a quality, then rounded; None leaves that out."""
 
     pattern: str | None
     method: str | None
@@ -98,7 +101,7 @@ def every(patterns: Sequence[str], span: str) -> Iterator[Cell]:
         for method in METHODS:
             yield Cell(pattern, method, None)
             for kind in KINDS:
-                for rounding in ROUNDINGS:
+                for rounding in ROUNDINGS if method not in QUALITIES else ("gptq",):
                     how = quantized.build(kind, {"rounding": rounding, "range": span})
                     yield Cell(pattern, method, how)
 
@@ -169,6 +172,19 @@ def of_model(name: str, args: argparse.Namespace) -> Any:
 @torch.no_grad()
 def change(model: Any, windows: Tensor, cell: Cell) -> None:
     """Prune and round `model` in place, block by block."""
+    if cell.method in QUALITIES:
+        how = (
+            {"quantize": cell.how.kind, "quantize_settings": cell.how.as_dict()} if cell.how else {}
+        )
+        llmprune.prune(
+            model,
+            calibration=windows,
+            sparsity=cell.pattern,
+            quality=cell.method,
+            progress=False,
+            **how,
+        )
+        return
     inner = methods.build(cell.method) if cell.method else Everything()
     method = Quantized(inner, cell.how) if cell.how else inner
     asked = parse(cell.pattern) if cell.pattern else Unstructured(0.5, "row")
