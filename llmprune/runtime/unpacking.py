@@ -17,8 +17,9 @@ from transformers.core_model_loading import (
 
 from llmprune.checkpoint.sparse import BITMAP, SCALES, VALUES, WHOLE, Spec
 from llmprune.checkpoint.unpack import WEIGHTS_AT_ONCE
-from llmprune.checkpoint.whole import flaw, of_halves, products, rows_of_scales, spread
+from llmprune.checkpoint.whole import flaw, rows_of_scales, spread
 from llmprune.errors import CheckpointError, short
+from llmprune.kernels.few_bits import of_halves, products
 from llmprune.kernels.packed import Packed, count, nonzero_bits, pack, unpack, unpack_bits
 from llmprune.runtime.fit import check_packed
 from llmprune.runtime.routes import Group, Part, Routes
