@@ -20,6 +20,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
+from ptx import BITWISE, fma
 from torch import Tensor
 
 LANES = torch.arange(32)
@@ -120,8 +121,8 @@ def blocked_layout(
 
 
 @contextmanager
-def on_cpu(file: Path) -> Iterator[ModuleType]:
-    """The module in `file`, run by this emulator, as what `import` finds."""
+def on_cpu(*files: Path) -> Iterator[ModuleType]:
+    """The modules in `files`, run by this emulator, as what `import` finds; gives the last."""
     program = Program()
     gluon = ModuleType("triton.experimental.gluon")
     gluon.language = program.language()
@@ -130,20 +131,21 @@ def on_cpu(file: Path) -> Iterator[ModuleType]:
     triton, experimental = ModuleType("triton"), ModuleType("triton.experimental")
     experimental.gluon = gluon
     stand_ins = {m.__name__: m for m in (triton, experimental, gluon, gluon.language)}
-    name = f"llmprune.kernels.{file.stem}"
-    module = ModuleType(name)
-    real = {key: sys.modules.get(key) for key in (*stand_ins, name)}
+    modules = {name: ModuleType(name) for name in (f"llmprune.kernels.{f.stem}" for f in files)}
+    real = {key: sys.modules.get(key) for key in (*stand_ins, *modules)}
     try:
         sys.modules.update(stand_ins)
-        exec(compile(file.read_text(), str(file), "exec"), vars(module))
-    finally:
-        for key in stand_ins:
-            _put_back(key, real[key])
-    try:
-        sys.modules[name] = module
+        try:
+            for file, (name, module) in zip(files, modules.items(), strict=True):
+                sys.modules[name] = module
+                exec(compile(file.read_text(), str(file), "exec"), vars(module))
+        finally:
+            for key in stand_ins:
+                _put_back(key, real[key])
         yield module
     finally:
-        _put_back(name, real[name])
+        for key in modules:
+            _put_back(key, real[key])
 
 
 def _put_back(name: str, module: ModuleType | None) -> None:
@@ -201,6 +203,11 @@ def execute(instruction: str, registers: dict[str, Any]) -> None:
         registers[words[0]] = read[0] == read[1]
     elif name == "selp.b32":
         registers[words[0]] = torch.where(read[2], read[0], read[1])
+    elif name in BITWISE:
+        registers[words[0]] = BITWISE[name](*read)
+    elif name in ("fma.rn.bf16x2", "fma.rn.f16x2"):
+        dtype = {"bf16x2": torch.bfloat16, "f16x2": torch.float16}[name.split(".")[-1]]
+        registers[words[0]] = fma(*read, dtype)
     elif name == "shfl.sync.bfly.b32":
         assert (int(words[3], 0), int(words[4], 0)) == (0x1F, 0xFFFFFFFF), "all lanes take part"
         registers[words[0]] = read[0][..., LANES ^ int(words[2], 0)]

@@ -60,6 +60,8 @@ LONG_FILE, LONG_FUNCTION = 300, 50  # the proportions of the code this project m
 LONG = {
     "llmprune/kernels/nm_gemv.py:nm_gemv": "half of it are its arguments and those of the kernel",
     "llmprune/kernels/nm_gemv_triton.py:gemv_kernel": "a third of it are its arguments",
+    "llmprune/kernels/s24_bits.py:s24_bits": "half of it are its arguments and those of the kernel",
+    "llmprune/kernels/s24_bits_gluon.py:bits_kernel": "a third of it are its arguments",
     "llmprune/kernels/s24_gluon.py:s24_kernel": "a third of it are its arguments",
     "llmprune/kernels/s24_mma.py:s24_mma": "half of it are its arguments and those of the kernel",
     "llmprune/demo/text.py": "the made-up world: tables of facts and sentences, not logic",
