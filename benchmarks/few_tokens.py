@@ -38,6 +38,7 @@ if "cpu" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"
 
 from baselines import DENSE, MANY, OTHERS, Contender, contenders, difference, refused
+from rounded import NAMES, contenders_of_few
 from tally import tally, told
 from timing import (
     circumstances,
@@ -55,6 +56,7 @@ from llmprune.kernels.choice import explain
 from llmprune.kernels.gemv_layout import pack_gemv
 from llmprune.kernels.nm_gemv import nm_gemv
 from llmprune.kernels.packed import pack
+from llmprune.kernels.s24_bits import unavailable as bits_unavailable
 from llmprune.kernels.s24_layout import pack_s24
 from llmprune.kernels.s24_mma import s24_mma, unavailable
 
@@ -72,7 +74,7 @@ SHAPES = {  # [out, in] of the linear layers, q, k and v as one, gate and up as 
 }
 SMALL = {"small": (64, 256), "ragged": (37, 300)}
 TOKENS = (1, 8, 16, 4, 32, 64)
-OURS = ("nm_gemv", "s24_mma", "dispatch")
+OURS = ("nm_gemv", "s24_mma", *NAMES, "dispatch")
 
 
 @dataclass
@@ -155,8 +157,11 @@ def _against(correct: dict[str, Any] | None, device: torch.device) -> dict[str, 
     found = {}
     if why := unavailable(device):
         found["s24_mma"] = why
+    if why := bits_unavailable(device):
+        found |= dict.fromkeys(NAMES, why)
     if correct is not None:
-        found |= {name: "wrong, says correct.py" for name in OURS if not correct["right"][name]}
+        wrong = {name for name, right in correct["right"].items() if not right}
+        found |= {name: "wrong, says correct.py" for name in OURS if name.split()[0] in wrong}
     return found
 
 
@@ -193,6 +198,7 @@ def _ours(dense: Tensor, layer: SparseLinear | None, names: tuple[str, ...]) -> 
         s24 = pack_s24(packed)
         held = [replace(s24, words=words) for words in copies(s24.words)]
         yield Contender("s24_mma", 64, s24.bytes, [partial(s24_mma, layout=w) for w in held])
+    yield from contenders_of_few(dense, names)
     if layer is not None:
         taken = sum(t.nbytes for t in chain(layer.parameters(), layer.buffers()))
         again = len(copies(dense.flatten()[: max(1, taken // dense.element_size())]))
@@ -212,13 +218,9 @@ def _right(
     """Those for so many tokens that are right; the others are written down.
 
     Our error against float64 is at most twice that of the dense product, the first. A rounded weight is
-    compared with what it stands for: to 2% of the norm of the product.
+    compared with what it stands for, one of the others to 2% of the norm of the product.
     """
-    exact = x.double() @ dense.double().T
     now = [c for c in everyone if len(x) <= c.tokens]
-    most = 2 * float((now[0].products[0](x).double() - exact).abs().max())
-    if x.device.type == "cpu":  # the interpreter cuts off instead of rounding
-        most += float(exact.abs().max()) * 2**-7
     good = []
     for contender in now:
         if contender.name in OTHERS:
@@ -231,6 +233,13 @@ def _right(
                 bench.lost[f"{contender.name}, {where}"] = why
                 continue
         else:
+            weight, product = contender.stands_for, now[0].products[0]
+            if weight is not None:
+                product = partial(nn.functional.linear, weight=weight)
+            exact = x.double() @ (dense if weight is None else weight).double().T
+            most = 2 * float((product(x).double() - exact).abs().max())
+            if x.device.type == "cpu":  # the interpreter cuts off instead of rounding
+                most += float(exact.abs().max()) * 2**-7
             error = float((contender.products[0](x).double() - exact).abs().max())
             if not error <= most:  # a NaN is wrong, too
                 bench.wrong.append(

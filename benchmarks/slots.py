@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from codegen import Found, Job, can_compile, found
 from test_kernel_codegen import GEMV, S24, gemv, s24
+from test_kernel_s24_bits_codegen import BITS, s24_bits, weights
 from timing import circumstances, write
 
 from llmprune.kernels.gemv_layout import Chunk
@@ -43,7 +44,7 @@ def main() -> None:
     write(args.out, {**result, "rows": rows})
     for row in rows:
         print(
-            f"sm_{row['arch']:<4} {row['kernel']:<12} {row['pattern']:<5} {row['tokens']:>3} tokens  "
+            f"sm_{row['arch']:<4} {row['kernel']:<13} {row['pattern']:<5} {row['tokens']:>3} tokens  "
             f"{row['slots_per_weight']:.2f} slots per weight  {row['registers']} registers"
         )
 
@@ -52,6 +53,9 @@ def _cases(arch: int) -> Iterator[tuple[Job, dict[str, Any], int]]:
     """Jobs, what they are, and the weights that a warp goes through in a turn."""
     for tokens in S24:
         yield s24(arch, tokens), _told("s24_mma", "2:4", tokens), TILES * ROWS * COLUMNS
+    for bits, tokens in BITS:
+        job = s24_bits(arch, bits, tokens)
+        yield job, _told(f"s24_bits int{bits}", "2:4", tokens), weights(job)
     for tokens, n, m in GEMV:
         told = _told("nm_gemv", f"{n}:{m}", tokens)
         yield gemv(arch, tokens, n, m), told, 32 * Chunk(n, m).columns

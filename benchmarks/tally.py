@@ -25,7 +25,7 @@ def tally(rows: list[Row], hot: dict[str, Any] | None, result: dict[str, Any]) -
     return {
         "geometric_means": means(rows),
         "losses": losses(rows),
-        "targets": targets(rows),
+        "targets": {**targets(rows), **targets_of_few_bits(rows)},
         "questions": questions(rows, hot, result),
     }
 
@@ -77,6 +77,19 @@ def targets(rows: list[Row]) -> dict[str, Row]:
         "1 to 16 tokens, geometric mean over the Llama shapes": _target(1.35, mean),
         "any shape and number of tokens": _target(LOSS, worst),
     }
+
+
+def targets_of_few_bits(rows: list[Row]) -> dict[str, Row]:
+    """The targets of 2:4 in int8 and int4 for an H200, of those that were measured."""
+    few = [row for row in _llama(rows) if row["tokens"] <= FEW]
+    large = [row for row in few if 2 * row["size"][0] * row["size"][1] >= LARGE]
+    found = {}
+    for kernel, wanted in (("s24_bits int8", 2.4), ("s24_bits int4", 3.3)):
+        gains = [row["against_dense"] for row in large if row["kernel"] == kernel]
+        if gains:
+            name = f"{kernel}, 1 to 16 tokens, layers of 100 MB and more, each"
+            found[name] = _target(wanted, min(gains))
+    return found
 
 
 def _target(wanted: float, measured: float | None) -> Row:
