@@ -94,6 +94,12 @@ def dense_of_few(held: FewBits | S24Bits) -> Tensor:
     return from_s24_bits(held) if by_triton else dense_s24_bits(held)
 
 
+def how(device: torch.device) -> str:
+    """By what `dense_of_few` expands there, for people."""
+    why = unavailable(gpu.whole(device))
+    return "by Triton" if why is None else f"by plain torch ({why})"
+
+
 @gpu.once
 def unavailable(device: torch.device) -> str | None:
     """Why Triton must not expand on `device`, in a few words, or None. Tries it once there."""

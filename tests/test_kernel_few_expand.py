@@ -84,6 +84,7 @@ def test_what_fails_its_trial_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(few_expand, "unavailable", lambda device: "is old")
     for name in ("from_few", "from_s24_bits"):
         monkeypatch.setattr(few_expand, name, lambda held: pytest.fail("it failed its trial"))
+    assert few_expand.how(torch.device("cpu")) == "by plain torch (is old)"
     assert torch.equal(dense_of_few(few), dense)
     assert torch.equal(dense_of_few(pack_s24_bits(few)), dense)
 
