@@ -6,15 +6,14 @@ halves in registers, by masks and fused multiplications (`s24_bits_gluon`), and 
 places into the same instruction as those of `s24_mma`; rows and columns are shared out as there.
 
 **Scales are multiplied in before the tensor cores, not after**: then the kernel multiplies by exactly the
-weights that the file stands for, each rounded once, as do the expanded matrix and any other kernel, and a
-result does not depend on how many tokens come together. With int8 that costs nothing: the fused
-multiplication that takes the offset of the magic number away brings the scale in. With int4 it is 0.25 slots
-of a dense weight; sums of their own for each 128 columns, scaled afterwards, would take 0.06 for every 8
-tokens: less up to 24 tokens, more from 40 on.
+weights that the file stands for, each rounded once, as the expanded matrix and any other kernel do. With int8
+that costs nothing: the fused multiplication that takes the offset of the magic number away brings the scale
+in. With int4 it is 0.25 slots of a dense weight; sums of their own for each 128 columns, scaled afterwards,
+would take 0.06 for every 8 tokens: less up to 16 tokens, as much at 32, more at 64.
 
-Counted for sm_90 with triton 3.7.1, slots of each dense weight at 8, 16, 32 and 64 tokens
-(tests/test_kernel_codegen.py): 1.3, 1.7, 2.4 and 3.8 with int8, of 4.3 that an H200 has while it reads; 1.5,
-1.8, 2.0 and 4.0 with int4, of 2.7. So 64 tokens of int4 are bound by instructions.
+Counted for sm_90 with triton 3.7.1 (tests/test_kernel_s24_bits_codegen.py), slots of each dense weight at 8,
+16, 32 and 64 tokens: 1.3, 1.7, 2.4 and 3.8 with int8, of 4.3 that an H200 has while it reads; 1.5, 1.8, 2.0
+and 4.0 with int4, of 2.7. So 64 tokens of int4 are bound by instructions, not by memory.
 
 State: as `s24_mma`; the source of the kernel, its inline assembly included, gives the products of float64
 when an emulator of the instructions runs it on a CPU (tests/test_kernel_s24_bits.py), and it compiles for

@@ -64,7 +64,7 @@ def _of_nibbles(part, span, half):  # type: ignore[no-untyped-def]
     lines += [f"mov.b32 less, {less}; mov.b32 one, {one}; mov.b32 zero, 0x80008000;"]
     for i in range(4):
         lines += [
-            f"shr.b32 word, ${4 + part}, {4 * i};",
+            f"shr.u32 word, ${4 + part}, {4 * i};",
             f"lop3.b32 whole, word, 0x000f000f, {magic}, 0xea;",  # a & b | c
             f"fma.rn.{half}x2 whole, whole, one, less;",
             f"fma.rn.{half}x2 ${i}, whole, ${8 + 2 * span + i % 2}, zero;",

@@ -20,7 +20,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
-from ptx import BITWISE, fma
+from ptx import ARITHMETIC, signed
 from torch import Tensor
 
 LANES = torch.arange(32)
@@ -197,17 +197,14 @@ def execute(instruction: str, registers: dict[str, Any]) -> None:
     read = [_operand(word, registers) for word in words[1:]]
     if name in ("mov.u32", "mov.b32"):
         registers[words[0]] = read[0]
+    elif name in ARITHMETIC:
+        registers[words[0]] = ARITHMETIC[name](*read)
     elif name == "and.b32":
         registers[words[0]] = read[0] & read[1]
     elif name == "setp.eq.u32":
         registers[words[0]] = read[0] == read[1]
     elif name == "selp.b32":
         registers[words[0]] = torch.where(read[2], read[0], read[1])
-    elif name in BITWISE:
-        registers[words[0]] = BITWISE[name](*read)
-    elif name in ("fma.rn.bf16x2", "fma.rn.f16x2"):
-        dtype = {"bf16x2": torch.bfloat16, "f16x2": torch.float16}[name.split(".")[-1]]
-        registers[words[0]] = fma(*read, dtype)
     elif name == "shfl.sync.bfly.b32":
         assert (int(words[3], 0), int(words[4], 0)) == (0x1F, 0xFFFFFFFF), "all lanes take part"
         registers[words[0]] = read[0][..., LANES ^ int(words[2], 0)]
@@ -218,7 +215,7 @@ def execute(instruction: str, registers: dict[str, Any]) -> None:
 def _operand(word: str, registers: dict[str, Any]) -> Any:
     if word == "%laneid":
         return LANES.to(torch.int32)
-    return registers[word] if word in registers else int(word, 0)
+    return registers[word] if word in registers else signed(torch.tensor(int(word, 0)))
 
 
 def mma_sp(
