@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from llmprune.kernels import gpu, measure
 from llmprune.kernels.cusparselt import CuSparseLt
 from llmprune.kernels.dense import Dense
 from llmprune.kernels.expand import Expand
-from llmprune.kernels.held import S24_MMA, gemv
+from llmprune.kernels.held import S24_MMA, gemv, n8
 from llmprune.kernels.interface import Case, Kernel, Sparse
 from llmprune.kernels.table import counted
 from llmprune.kernels.words import Words
 
 SETTING = "LLMPRUNE_KERNEL"  # environment variable: as `prefer`
-NAMES = ("cusparselt", "s24_mma", "nm_gemv", "dense", "expand")
+NAMES = ("cusparselt", "s24_mma", "n8_mma", "nm_gemv", "dense", "expand")
 
 
 def _slower(case: Case) -> bool:
@@ -28,7 +29,9 @@ def _slower(case: Case) -> bool:
 EXPAND: Kernel = Expand()
 DENSE: Kernel = Dense(_slower)
 KERNELS: list[Kernel] = [CuSparseLt(), S24_MMA, DENSE, EXPAND]
-"""The preferred first; `expand`, which takes everything, is last. `nm_gemv` of each n:m is before `dense`."""
+"""The preferred first; `expand`, which takes everything, is last. What `FAMILIES` have is before `dense`."""
+FAMILIES: dict[str, Callable[[int, int], Words | None]] = {"n8_mma": n8, "nm_gemv": gemv}
+"""Kernels of which there is one for each n:m that they know, or None; the preferred first."""
 
 _preferred: str | None = None
 
@@ -63,7 +66,7 @@ class Explanation:
 
 
 def find(name: str) -> Kernel:
-    """The kernel called `name`: "s24_mma", "nm_gemv 4:8".
+    """The kernel called `name`: "s24_mma", "n8_mma 4:8".
 
     Raises:
         ValueError: when there is none.
@@ -71,10 +74,12 @@ def find(name: str) -> Kernel:
     for kernel in KERNELS:
         if kernel.name == name:
             return kernel
-    if found := re.fullmatch(r"nm_gemv (\d{1,2}):(\d{1,2})", name):
-        return gemv(int(found[1]), int(found[2]))
-    known = [kernel.name for kernel in KERNELS]
-    raise ValueError(f"no kernel {name!r}; known: {', '.join([*known, 'nm_gemv n:m'])}")
+    if (found := re.fullmatch(r"(\w+) (\d{1,2}):(\d{1,2})", name)) and found[1] in FAMILIES:
+        kernel_of = FAMILIES[found[1]](int(found[2]), int(found[3]))
+        if kernel_of is not None:
+            return kernel_of
+    known = [*(kernel.name for kernel in KERNELS), *(f"{family} n:m" for family in FAMILIES)]
+    raise ValueError(f"no kernel {name!r}; known: {', '.join(known)}")
 
 
 def prefer(kernel: str | None) -> None:
@@ -108,7 +113,9 @@ def offered(case: Case) -> list[Kernel]:
     """The kernels that come into question, the preferred first."""
     kernels = list(KERNELS)
     if case.nm is not None:
-        kernels.insert(kernels.index(DENSE), gemv(*case.nm))
+        for family in FAMILIES.values():
+            if (kernel := family(*case.nm)) is not None:
+                kernels.insert(kernels.index(DENSE), kernel)
     first = preferred()
     return sorted(kernels, key=lambda kernel: kernel.name.split()[0] != first)
 

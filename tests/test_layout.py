@@ -58,6 +58,8 @@ HEAVY = {
 
 LONG_FILE, LONG_FUNCTION = 300, 50  # the proportions of the code this project models itself on
 LONG = {
+    "llmprune/kernels/n8_gluon.py:n8_kernel": "a third of it are its arguments",
+    "llmprune/kernels/n8_mma.py:n8_mma": "half of it are its arguments and those of the kernel",
     "llmprune/kernels/nm_gemv.py:nm_gemv": "half of it are its arguments and those of the kernel",
     "llmprune/kernels/nm_gemv_triton.py:gemv_kernel": "a third of it are its arguments",
     "llmprune/kernels/s24_bits.py:s24_bits": "half of it are its arguments and those of the kernel",
