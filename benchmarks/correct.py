@@ -41,6 +41,8 @@ from rounded import NAMES, rounded
 from llmprune import SparseLinear
 from llmprune.kernels.choice import explain
 from llmprune.kernels.few_bits import expand_few
+from llmprune.kernels.n8_mma import n8_mma, pack_n8
+from llmprune.kernels.n8_mma import unavailable as n8_unavailable
 from llmprune.kernels.nm_gemv import nm_gemv, pack_gemv
 from llmprune.kernels.packed import pack
 from llmprune.kernels.s24_bits import pack_s24_bits, s24_bits
@@ -57,11 +59,13 @@ PARTS = (
     "s24_mma gate and up bfloat16",
     "s24_mma gate and up float16",
     *(f"{name} {dtype}" for name in NAMES for dtype in ("bfloat16", "float16")),
+    *(f"n8_mma {n}:8 {dtype}" for n in (4, 3, 2) for dtype in ("bfloat16", "float16")),
     "nm_gemv bfloat16",
     "nm_gemv float16",
     "dispatch bfloat16",
+    "dispatch 4:8 bfloat16",
 )
-KERNELS = ("s24_mma", "s24_bits", "nm_gemv", "dispatch")
+KERNELS = ("s24_mma", "s24_bits", "n8_mma", "nm_gemv", "dispatch")
 THROUGH_DISPATCH = (1, 8, 9, 64, 65, 512)  # tokens; one and more pieces, expanded
 SECONDS = 95  # for all parts
 
@@ -145,7 +149,17 @@ def _refused(name: str, device: torch.device) -> str | None:
     """Why the kernel of a part must not be used; tries it there."""
     if name.startswith("s24_mma"):
         return unavailable(device)
-    return bits_unavailable(device) if name.startswith("s24_bits") else None
+    if name.startswith("s24_bits"):
+        return bits_unavailable(device)
+    if name.startswith("n8_mma"):
+        return n8_unavailable(device, _nm(name)[0])
+    return None
+
+
+def _nm(name: str) -> tuple[int, int]:
+    """The n:m of a part, 2:4 where it names none."""
+    n, _, m = next((word for word in name.split() if ":" in word), "2:4").partition(":")
+    return int(n), int(m)
 
 
 def _right(parts: dict[str, dict[str, Any]], kernel: str, device: torch.device) -> bool:
@@ -199,7 +213,14 @@ def _products(
             gemv = replace(gemv, words=_amid(gemv.words))
             yield f"{n}:{m} {told}", [dense], partial(_by, nm_gemv, gemv)
         return
-    gate, up = (_matrix(shape, 2, 4, dtype, device, seed) for seed in (0, 1))
+    n, m = _nm(name)
+    shape = (shape[0], shape[1] // m * m)
+    gate, up = (_matrix(shape, n, m, dtype, device, seed) for seed in (0, 1))
+    if name.startswith("n8_mma"):
+        n8 = pack_n8(pack(gate), n)
+        n8 = replace(n8, words=_amid(n8.words))
+        yield f"{n}:{m} {told}", [gate], partial(_by, n8_mma, n8)
+        return
     if name.startswith("s24_mma"):
         both = "gate and up" in name
         s24 = pack_gate_up(pack(gate), pack(up)) if both else pack_s24(pack(gate))

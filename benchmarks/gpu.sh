@@ -79,6 +79,8 @@ part "few tokens" 215 benchmarks/few_tokens.py --out "$out/few_tokens.json" \
     --correct "$out/correct.json" --seconds 165 "$@"
 part "end to end" 160 benchmarks/end_to_end.py --out "$out/end_to_end.json" --tried "$out/few_tokens.json" \
     --seconds $((whole - SECONDS < 160 ? whole - SECONDS - 35 : 125)) "${model[@]}" "$@"
+part "few tokens at 3:8" 60 benchmarks/few_tokens.py --out "$out/few_tokens_3_8.json" --pattern 3:8 \
+    --correct "$out/correct.json" --seconds 30 "$@"
 set -- "$LLMPRUNE_CACHE"/kernels/*.json # what layers measured when they were first laid out
 if [ -f "$1" ]; then
     part "what layers measured" 30 benchmarks/sweep.py --merge "$@" --out "$out/measured_by_layers.json"

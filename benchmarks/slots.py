@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from codegen import Found, Job, can_compile, found
 from test_kernel_codegen import GEMV, S24, gemv, s24
+from test_kernel_n8_codegen import N8, WEIGHTS, n8
 from test_kernel_s24_bits_codegen import BITS, s24_bits, weights
 from timing import circumstances, write
 
@@ -56,6 +57,8 @@ def _cases(arch: int) -> Iterator[tuple[Job, dict[str, Any], int]]:
     for bits, tokens in BITS:
         job = s24_bits(arch, bits, tokens)
         yield job, _told(f"s24_bits int{bits}", "2:4", tokens), weights(job)
+    for tokens, n in N8:
+        yield n8(arch, tokens, n), _told("n8_mma", f"{n}:8", tokens), WEIGHTS
     for tokens, n, m in GEMV:
         told = _told("nm_gemv", f"{n}:{m}", tokens)
         yield gemv(arch, tokens, n, m), told, 32 * Chunk(n, m).columns

@@ -1,6 +1,7 @@
 """The table that ships for a GPU: warps and split of every kernel, over the shapes of common models.
 
     python benchmarks/sweep.py --out kernels/measured/h200.json [--seconds 540]     on a machine with CUDA
+    python benchmarks/sweep.py --out kernels/measured/h200.json --patterns 4:8 3:8 2:8    what n8_mma holds
     python benchmarks/sweep.py --merge A.json B.json --out C.json          several runs as one table
 
 Measures as llmprune.kernels.tune does (kernels/tuning.py), shape by shape, without a model; what is measured

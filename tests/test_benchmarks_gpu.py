@@ -50,9 +50,9 @@ def test_the_whole_script_is_rehearsed_without_datasets(root: Path, tmp_path: Pa
         json.loads((out / f"{name}.json").read_text())
         for name in ("correct", "few_tokens", "end_to_end")
     )
-    kernels = ("s24_mma", "s24_bits", "nm_gemv", "dispatch")
+    kernels = ("s24_mma", "s24_bits", "n8_mma", "nm_gemv", "dispatch")
     assert correct["right"] == dict.fromkeys(kernels, True)
-    assert [part["cases"] for part in correct["parts"].values()] == [0] * 8 + [2] * 3
+    assert [part["cases"] for part in correct["parts"].values()] == [0] * 14 + [2] * 4
     found = [(row["shape"], row["tokens"], row["kernel"]) for row in few["rows"]]
     with_others = ("dense", "int8", "int4", "nm_gemv", "dispatch")
     assert found == [
@@ -62,8 +62,11 @@ def test_the_whole_script_is_rehearsed_without_datasets(root: Path, tmp_path: Pa
         for kernel in kernels
     ]
     assert few["wrong"] == few["left_out"] == []
-    for name in ("s24_mma", "s24_bits int8", "s24_bits int4"):
+    for name in ("s24_mma", "s24_bits int8", "s24_bits int4", "n8_mma"):
         assert few["not_here"][name] == "needs an NVIDIA GPU"
+    eight = json.loads((out / "few_tokens_3_8.json").read_text())
+    assert {row["kernel"] for row in eight["rows"]} == set(with_others)
+    assert eight["wrong"] == []
     assert set(few["questions"].values()) == {"not measured: needs an NVIDIA GPU"}
     assert whole["lost"] == {}
     assert whole["logits"]["sparse and dense"] < 0.02
@@ -104,7 +107,8 @@ def test_parts_go_on_after_one_that_failed(
     fake.chmod(0o755)
     done = sh(root, str(tmp_path), PYTHON=str(fake), LOG=str(log), FAILS=fails, STATUS=status)
     ran = [line.split()[0] for line in log.read_text().splitlines()]
-    assert ran == [f"benchmarks/{name}.py" for name in ("correct", "few_tokens", "end_to_end")]
+    parts = ("correct", "few_tokens", "end_to_end", "few_tokens")
+    assert ran == [f"benchmarks/{name}.py" for name in parts]
     assert done.returncode == (1 if told and told.startswith("FAILED") else 0)
     assert told is None or told in done.stdout
 
@@ -247,9 +251,14 @@ def test_means_targets_and_losses(bench: Any) -> None:
     assert all(target["met"] is None for target in tally.targets([]).values())
     large = {"shape": "Llama-3-70B o", "size": (8192, 8192), "kernel": "s24_bits int4"}
     few = [{**large, "tokens": t, "against_dense": gain} for t, gain in ((1, 3.4), (16, 3.2))]
-    (name, target), *others = tally.targets_of_few_bits([*rows(), *few]).items()
+    (name, target), *others = tally.targets_beyond([*rows(), *few]).items()
     assert name.startswith("s24_bits int4, 1 to 16 tokens")
     assert (target, others) == ({"wanted": 3.3, "measured": 3.2, "met": False}, [])
+    large = {"shape": "Llama-3-70B o", "size": (8192, 8192), "kernel": "n8_mma 3:8"}
+    eight = [{**large, "tokens": t, "against_dense": gain} for t, gain in ((1, 1.7), (16, 1.6))]
+    (name, target), *others = tally.targets_beyond([*rows(), *eight]).items()
+    assert name.startswith("n8_mma 3:8, 1 to 16 tokens")
+    assert (target, others) == ({"wanted": 1.65, "measured": 1.6, "met": False}, [])
 
 
 def test_the_first_questions_are_answered_by_name(bench: Any) -> None:

@@ -24,9 +24,11 @@ from kernel_harness import (
 from ptx import mad_lo, mma_m16n8k16, prmt, shl, shr
 from torch import Tensor
 
+from llmprune.kernels import measure
 from llmprune.kernels import n8_mma as n8
 from llmprune.kernels import slots as slots_module
 from llmprune.kernels.expanding import from_n8
+from llmprune.kernels.held import N8
 from llmprune.kernels.n8_layout import KEPT, N8Layout, dense_n8, pack_n8, unpack_n8
 from llmprune.kernels.packed import pack, unpack
 
@@ -95,6 +97,17 @@ def test_every_mask_and_any_bits_survive(
 def test_by_triton_where_no_tile_divides(n: int, device: torch.device, poisoned: Unwritten) -> None:
     dense = matrix(37, 264, n, torch.bfloat16, "fewer").to(device)
     assert torch.equal(bits(from_n8(pack_n8(pack(dense), n))), bits(dense))
+
+
+def test_what_is_laid_out_for_measuring_is_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block of rows over and over, at a number of rows that no block divides."""
+    monkeypatch.setattr(measure, "_BLOCK", 64 * 304)
+    bench = measure.Bench(N8(3), torch.device("cpu"), (150, 304), torch.bfloat16)
+    assert bench.words[0].shape == (10, 2, 7, 32, 4)
+    assert torch.equal(
+        dense_n8(N8Layout(bench.words[0], (150, 304), torch.bfloat16, 3)), bench.dense[0]
+    )
+    assert {split for _, split in bench.launches()} == {None, 1, 2}
 
 
 def test_in_blocks_of_rows_as_in_one_go(monkeypatch: pytest.MonkeyPatch) -> None:
