@@ -36,8 +36,8 @@ def _decode(step, n):  # type: ignore[no-untyped-def]
         for half in range(2):
             bit = 4 * (step % 2) + 2 * row + half
             bits = f"${16 + step // 2}"
-            factor, first = (0x22222200 >> bit, 0x10101010 + (4 - n) * 0x22222222)
-            if half:
+            factor, first = 0x22222200 >> bit, 0x10101010 + (4 - n) * 0x22222222  # from slot 0
+            if half:  # from slot n - 1 downwards
                 factor, first = 2**32 - factor, 0x76767676
             low, high = (f"${4 * half + row + 2 * i}" for i in range(2))
             lines += [

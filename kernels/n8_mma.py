@@ -11,10 +11,11 @@ order.
 
 State: the source of the kernel, its inline assembly included, gives the products of float64 when an emulator
 of the instructions runs it on a CPU (tests/gluon_on_cpu.py, tests/test_kernel_n8_mma.py), and what it decodes
-is the matrix bit for bit; it compiles for sm_80, 86, 89, 90, 100 and 120, with neither spills nor shared
-memory in the loop (tests/test_kernel_n8_codegen.py). **It has not run on a GPU.** Its speed is unknown, warps
-and split are guesses. Layers are held for it where `unavailable`, which compares it with the reference once
-on each GPU, and the table of measurements have nothing against it.
+is the matrix bit for bit; it compiles with Triton 3.7 for sm_80, 86, 89, 90, 100 and 120 (3.6 and 3.9: for
+sm_80, 90 and 100), with neither spills nor shared memory in the loop (tests/test_kernel_n8_codegen.py). **It
+has not run on a GPU.** Its speed is unknown, warps and split are guesses. Layers are held for it where
+`unavailable`, which compares it with the reference once on each GPU, and the table of measurements have
+nothing against it.
 """
 
 from __future__ import annotations
