@@ -27,7 +27,7 @@ from . import gpu
 from .n8_layout import COLUMNS, TILES, N8Layout, dense_n8, pack_n8
 from .nm_gemv import add_parts, on_device_of
 from .packed import pack
-from .s24_mma import _across, _words
+from .s24_mma import across, words_of
 
 TOKENS = 64  # at most
 REVISION = 1  # to be raised with each change of speed: what was measured before is then void
@@ -63,8 +63,8 @@ def n8_mma(
     rows, tokens = layout.shape[0], x.shape[0]
     tiles, chunks = layout.words.shape[:2]
     warps, eights = warps or _WARPS, 1 << (-(-tokens // 8) - 1).bit_length()
-    across = _across(eights, warps, tiles)
-    programs, along = tiles // (TILES * across), warps // across
+    beside = across(eights, warps, tiles)
+    programs, along = tiles // (TILES * beside), warps // beside
     split = split or max(1, min(_PROGRAMS // programs, chunks // along))
     share = -(-chunks // split)
     y = x.new_empty((tokens, rows))
@@ -72,7 +72,7 @@ def n8_mma(
     with on_device_of(x):
         n8_kernel[(programs, split)](
             layout.words,
-            _words(x, chunks * COLUMNS),
+            words_of(x, chunks * COLUMNS),
             y if bias is None else bias.contiguous(),
             parts,
             chunks,
@@ -81,7 +81,7 @@ def n8_mma(
             rows,
             N=layout.n,
             WARPS=warps,
-            ACROSS=across,
+            ACROSS=beside,
             TILES=TILES,
             EIGHTS=eights,
             HALF="bf16" if layout.dtype is torch.bfloat16 else "f16",
