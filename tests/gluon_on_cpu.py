@@ -137,7 +137,7 @@ def on_cpu(*files: Path) -> Iterator[ModuleType]:
         sys.modules.update(stand_ins)
         try:
             for file, (name, module) in zip(files, modules.items(), strict=True):
-                sys.modules[name] = module
+                module.__package__, sys.modules[name] = "llmprune.kernels", module
                 exec(compile(file.read_text(), str(file), "exec"), vars(module))
         finally:
             for key in stand_ins:
