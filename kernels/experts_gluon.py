@@ -47,8 +47,8 @@ def experts_kernel(  # type: ignore[no-untyped-def]
     L: gl.constexpr = gl.BlockedLayout(
         [1, TILES, EIGHTS, 1, 4], [1, 1, 1, 32, 1], [ALONG, ACROSS, 1, 1, 1], [4, 3, 2, 1, 0]
     )
-    # From the first input of an expert on, each AT_ONCE are for one program. With FEW the first of
-    # them names it. Else there is a program for each expert, which takes its first, and one for each multiple of
+    # From the first input of an expert on, each AT_ONCE are for one program. With FEW the first of them
+    # names it. Else there is a program for each expert, which takes its first, and one for each multiple of
     # AT_ONCE: in the AT_ONCE places from there on, others can begin once, in the expert that is there.
     slot = gl.program_id(1)
     if FEW:

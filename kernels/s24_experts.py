@@ -1,20 +1,20 @@
 """The 2:4 matrices of many experts, each times the inputs that are routed to it, in one launch.
 
 `s24_mma` for fused experts: the matrices lie one behind the other, each as `s24_layout` has it. What is
-routed is sorted by expert; a program takes some rows of one expert and up to 8, 16, 32 or 64 of its inputs, so
-that an expert to which few are routed is read once, and one to which nothing is, not at all. Which expert a
-program has it finds in the ends of the experts, on the GPU: the host does not wait, and a CUDA graph may record
-the launch.
+routed is sorted by expert; a program takes some rows of one expert and up to 8, 16, 32 or 64 of its inputs,
+so that an expert to which few are routed is read once, and one to which nothing is, not at all. Which
+expert a program has it finds in the ends of the experts, on the GPU: the host does not wait, and a CUDA
+graph may record the launch.
 
     routed r: row `r // each` of x times the matrix of its expert -> row r of y
 
 `order` lists what is routed, sorted by expert, and `ends` says where each expert ends in that list (`route`),
 as `offs` does for torch's `grouped_mm`; but inputs are read, and outputs written, where they are.
 
-State: as of `s24_mma`, whose device functions it uses. The source of the kernel gives the products of float64
-when an emulator of the instructions runs it on a CPU (tests/test_kernel_s24_experts.py); it compiles for sm_80,
-89, 90 and 100, with neither spills nor shared memory in the loop. **It has not run on a GPU.** Its speed is
-unknown; warps, and how many inputs a program takes, are guesses.
+State: as of `s24_mma`, whose device functions it uses. The source of the kernel gives the products of
+float64 when an emulator of the instructions runs it on a CPU (tests/test_kernel_s24_experts.py); it
+compiles for sm_80, 89, 90 and 100, with neither spills nor shared memory in the loop. **It has not run on a
+GPU.** Its speed is unknown; warps, and how many inputs a program takes, are guesses.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ CASES = {
     "32 at once": (50, 2, (3, 130, 300), 4, 4, "first"),
     "64 at once, more than that to one": (75, 1, (2, 33, 260), 2, 8, "first"),
     "chunks left over": (9, 1, (2, 32, 1280), 2, 1, "evenly"),
-    "of more experts than a load takes": (40, 4, (131, 16, 8), 1, 1, "evenly"),
+    "of more experts than a load takes": (12, 4, (131, 16, 8), 1, 1, "evenly"),
     "some to an expert that there is not": (5, 2, (4, 32, 64), 1, 1, "beyond"),
 }
 
@@ -220,7 +220,7 @@ def test_on_a_gpu_at_the_size_of_a_mixture(
 
 
 # Slots per dense weight in the loop, by eights of inputs: those of s24_mma.
-SLOTS = {1: 0.54, 2: 0.91, 4: 1.7, 8: 3.3}
+SLOTS = {1: 0.54, 4: 1.7, 8: 3.3}
 
 
 def job(arch: int, eights: int, half: str = "bf16", every: bool = True, few: bool = False) -> Job:
@@ -237,8 +237,8 @@ def job(arch: int, eights: int, half: str = "bf16", every: bool = True, few: boo
 def test_it_compiles_to_sparse_tensor_cores(arch: int, tmp_path: Path, root: Path) -> None:
     if not can_compile():
         pytest.skip("the ptxas and cuobjdump that triton ships do not run here")
-    jobs = [job(arch, 1, few=True), job(arch, 2, "f16", every=False)]
-    jobs += [job(arch, eights) for eights in SLOTS if eights > 1] if arch == 90 else []
+    jobs = [job(arch, 1, few=True) if arch in (80, 90) else job(arch, 2, "f16", every=False)]
+    jobs += [job(arch, eights) for eights in (4, 8)] if arch == 90 else []
     for one, what in zip(found(jobs, tmp_path, root), jobs, strict=True):
         eights = int(what.constants["EIGHTS"])
         assert one.stack <= 16, "registers are spilled"
