@@ -12,7 +12,7 @@ from llmprune.kernels.cusparselt import CuSparseLt
 from llmprune.kernels.dense import Dense
 from llmprune.kernels.expand import Expand
 from llmprune.kernels.held import S24_MMA, gemv, n8
-from llmprune.kernels.interface import Case, Kernel, Sparse
+from llmprune.kernels.interface import Case, Kernel, Mixture, Sparse
 from llmprune.kernels.table import counted
 from llmprune.kernels.words import Words
 
@@ -157,7 +157,7 @@ def explain(layer: Sparse, tokens: int) -> Explanation:
     """Which kernel holds a layer, and what it does for inputs of `tokens` tokens.
 
     Args:
-        layer: an `llmprune.SparseLinear`, or a matrix of packed experts.
+        layer: an `llmprune.SparseLinear`, a parameter of packed experts, or one of its matrices.
         tokens: product of the leading dimensions of the inputs, zero or more.
 
     Raises:
@@ -169,6 +169,10 @@ def explain(layer: Sparse, tokens: int) -> Explanation:
         raise ValueError(f"tokens are {tokens}; give zero or more")
     case = layer.case(tokens)
     held: str | None = getattr(layer, "kernel", None)
+    if isinstance(case, Mixture):
+        from llmprune.kernels import experts
+
+        return experts.explain(case, held)
     kernel = None if held is None else find(held)
     refused = dict[str, str]()
     for other in offered(case):  # no further than need be: to ask a kernel may be to try it
