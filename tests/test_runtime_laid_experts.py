@@ -1,10 +1,9 @@
-"""Fused experts in the layout of a kernel compute the same, and are the stored ones to all who ask for that."""
+"""Fused experts in the layout of a kernel compute the same, and are the stored ones to all who ask."""
 
 from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from gluon_on_cpu import on_cpu
 from torch import Tensor, nn
 
 import llmprune
-from llmprune.errors import ModelError
 from llmprune.kernels import experts as forms
 from llmprune.kernels import explain, measure, prefer, prepare, table
 from llmprune.kernels.experts import S24Experts
@@ -98,3 +96,265 @@ def test_a_model_computes_the_same_and_comes_back(family):
     after = dict(model.named_parameters())
     assert after.keys() == before.keys()
     assert all(torch.equal(after[n].view(torch.int16), before[n].view(torch.int16)) for n in before)
+
+
+def test_dense_where_the_kernel_was_measured_slower(monkeypatch):
+    measured = table.Table()
+    monkeypatch.setattr(table, "current", lambda: measured)
+    model = two_of_four("gpt_oss")
+    truth = logits(model)
+    llmprune.sparsify(model)
+    module = packed_modules(model)[0]
+    case = laid_experts.case(module, "gate_up_proj", 1)
+    table.current().add(forms.matrix_of(case), [table.Timing(8, 9.0, 4, None, 20.0, 8.0)])
+    told = str(explain(module.gate_up_proj, 4))
+    assert told.startswith("s24_experts: reads 9 bits")
+    assert "by the kernel; measured: 9.0 us, dense 8.0 us at 8 tokens" in told
+    counts = prepare(model)
+    many = len(packed_modules(model))
+    assert counts["dense_experts"] == counts["s24_experts"] == many
+    close(logits(model), truth)
+    told = str(explain(module.gate_up_proj, 4))
+    assert told.startswith("dense_experts: ")
+    assert "not s24_experts: measured slower than dense at 8 tokens (0.89x)" in told
+    monkeypatch.setattr(forms, "_fits", lambda case: False)
+    assert forms.choose(case) is forms.S24_EXPERTS  # still quicker than one by one
+    states = module.state_dict()
+    assert held(module) is None
+    assert states["gate_up_proj_values"].shape == module.parts("gate_up_proj")[0].shape
+
+
+@pytest.mark.parametrize(("asked", "form"), [("expand", None), ("dense", "dense_experts")])
+def test_what_is_asked_for_is_used(asked, form):
+    model = two_of_four("qwen3_moe")
+    truth = logits(model)
+    prefer(asked)
+    try:
+        llmprune.sparsify(model)
+        module = packed_modules(model)[0]
+        told = explain(module.down_proj, 1)
+        assert told.kernel == (form or "expand")
+        assert module.down_proj.kernel == form
+        assert laid(model) == (form is not None)
+        close(logits(model), truth)
+    finally:
+        prefer(None)
+    prepare(model)
+    assert module.down_proj.kernel == "s24_experts"
+
+
+def test_the_number_of_tokens_decides_what_a_layout_does(anywhere, monkeypatch):
+    measured = table.Table()
+    monkeypatch.setattr(table, "current", lambda: measured)
+    model = two_of_four("mixtral")
+    llmprune.sparsify(model)
+    module = packed_modules(model)[0]
+    case = laid_experts.case(module, "down_proj", 1)
+    matrix = forms.matrix_of(case)
+    assert anywhere.launch(matrix, 8, 64 * case.experts) == (None,)
+    assert anywhere.launch(matrix, 8, 64 * case.experts + 1) is None
+    assert "not measured" in explain(module.down_proj, 8).route
+    slow, quick = (table.Timing(t, us, 4, None, 5.0, 9.0) for t, us in ((8, 3.0), (64, 8.0)))
+    table.current().add(matrix, [slow, quick])
+    assert anywhere.launch(matrix, 3, 6) == (4,)
+    assert anywhere.launch(matrix, 9, 6) is None
+    assert anywhere.launch(matrix, 10**6, 6) is None  # as at the most that was measured
+    assert explain(module.down_proj, 9).route.startswith("all expanded into scratch memory")
+    measure.FAILED[matrix] = "gives wrong results"
+    try:
+        assert forms.choose(case) is forms.DENSE_EXPERTS
+    finally:
+        del measure.FAILED[matrix]
+
+
+@pytest.mark.parametrize("change", ["pattern", "trained", "float32", "older", "parallel"])
+def test_what_no_form_holds_runs_one_by_one(change):
+    model = two_of_four("qwen3_moe", torch.float32 if change == "float32" else torch.bfloat16)
+    experts = [m for m in model.modules() if hasattr(m, "gate_up_proj")]
+    for module in experts:
+        if change == "pattern":
+            with torch.no_grad():
+                module.down_proj[0, 0, :3] = 1
+        module._is_expert_parallel = change == "parallel"
+    truth = logits(model)
+    llmprune.sparsify(model)
+    for module in packed_modules(model):
+        if change == "trained":
+            module.parts("down_proj")[0].requires_grad_()
+        if change == "older":
+            del module.has_post_expert_norm
+            laid_experts.bring_back(module)
+    close(logits(model), truth)
+    assert not laid(model)
+
+
+def test_a_module_that_computes_something_else_runs_one_by_one(capsys):
+    model = two_of_four("gpt_oss")
+    for module in model.modules():
+        if hasattr(module, "has_bias"):
+            module.has_bias = False  # which its own forward does not look at
+            nn.init.normal_(module.gate_up_proj_bias)
+    model.set_experts_implementation("eager")
+    truth = logits(model)
+    llmprune.sparsify(model)
+    assert not laid(model)
+    close(logits(model), truth)
+    told = "GptOssExperts runs expert by expert: its experts computed at once give something else"
+    assert capsys.readouterr().err.count(told) == len(packed_modules(model))
+
+
+ASKED = {
+    "state_dict": lambda m: m.state_dict()["gate_up_proj_values"],
+    "values": lambda m: m.gate_up_proj_values + 0,
+    "parameters": lambda m: dict(m.named_parameters())["gate_up_proj_values"].clone(),
+    "packed": lambda m: m.packed("gate_up_proj").values,
+    "deepcopy": lambda m: copy.deepcopy(m).gate_up_proj_values,
+    "pickle": lambda m: pickle.loads(pickle.dumps(m)).gate_up_proj_values,
+    "to and back": lambda m: m.float().bfloat16().gate_up_proj_values,
+    "an expert": lambda m: torch.cat(
+        [m.gate_up_proj[e].packed.values for e in range(len(m.gate_up_proj))]
+    ),
+}
+
+
+@pytest.mark.parametrize("asked", ASKED)
+@pytest.mark.parametrize("family", ["gpt_oss", "qwen3_moe"])
+def test_whoever_asks_for_the_values_gets_them(family, asked):
+    model = two_of_four(family)
+    llmprune.sparsify(model)
+    module = packed_modules(model)[0]
+    laid_experts.bring_back(module)
+    parameter, bitmap = module.parts("gate_up_proj")
+    truth, bits = parameter.detach().clone(), bitmap.clone()
+    model.eval()
+    product = logits(model)
+    assert held(module) is not None
+    found = ASKED[asked](module)
+    assert torch.equal(found.detach().view(torch.int16), truth.view(torch.int16))
+    assert module.parts("gate_up_proj")[0] is parameter
+    assert torch.equal(module.gate_up_proj_bitmap + 0, bits)
+    assert torch.equal(logits(model), product)
+    assert held(module) is not None
+
+
+def test_what_is_saved_is_what_was_packed(tmp_path: Path):
+    model = two_of_four("mixtral")
+    dense = {n: p.detach().clone() for n, p in model.named_parameters()}
+    llmprune.sparsify(model)
+    truth = logits(model)
+    assert laid(model)
+    model.save_pretrained(tmp_path)
+    again = llmprune.load(str(tmp_path), dtype="auto")
+    assert laid(again)
+    close(logits(again), truth)
+    llmprune.densify(again)
+    for name, parameter in again.named_parameters():
+        assert torch.equal(parameter.view(torch.int16), dense[name].view(torch.int16)), name
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "qwen3_moe"])
+def test_gradients_pass_through_frozen_experts(family):
+    dense = two_of_four(family)
+    sparse = copy.deepcopy(dense)
+    llmprune.sparsify(sparse)
+    for model in (dense, sparse):
+        model(input_ids=WINDOWS, use_cache=False).logits.float().square().mean().backward()
+    assert laid(sparse)
+    plain, tested = dict(dense.named_parameters()), 0
+    for name, parameter in sparse.named_parameters():
+        if parameter.grad is not None and name in plain:
+            scale = float(plain[name].grad.abs().max())
+            torch.testing.assert_close(
+                parameter.grad, plain[name].grad, atol=0.05 * scale, rtol=0.05
+            )
+            tested += 1
+    assert tested
+
+
+def test_values_that_are_trained_come_back_and_stay():
+    model = two_of_four("qwen3_moe")
+    llmprune.sparsify(model)
+    module = packed_modules(model)[0]
+    module.gate_up_proj_values.requires_grad_()
+    model(input_ids=WINDOWS, use_cache=False).logits.float().square().mean().backward()
+    assert held(module) is None
+    assert module.gate_up_proj_values.grad is not None
+
+
+def test_a_compiled_model_is_one_graph():
+    model = two_of_four("qwen3_moe")
+    llmprune.sparsify(model)
+    truth = logits(model)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        close(compiled(input_ids=WINDOWS, use_cache=False).logits, truth)
+        assert laid(model)
+        model.state_dict()  # and the experts are stored again
+        assert not laid(model)
+        close(compiled(input_ids=WINDOWS, use_cache=False).logits, truth)
+    torch.compiler.reset()
+
+
+def test_compiled_experts_pass_gradients_on_and_know_autocast():
+    model = two_of_four("gpt_oss")
+    llmprune.sparsify(model)
+    experts = packed_modules(model)[0]
+    experts.requires_grad_(False)
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(6, experts.hidden_size, generator=random).bfloat16().requires_grad_()
+    index = torch.rand(6, experts.num_experts, generator=random).argsort(1)[:, :2]
+    weights = torch.rand(6, 2, generator=random).bfloat16().requires_grad_()
+    own = experts._own_forward(experts, x, index, weights)
+    truth = torch.autograd.grad(own.float().square().sum(), (x, weights))
+    assert held(experts) is None
+    prepare(experts)
+    torch.compiler.reset()
+    compiled = torch.compile(experts, backend="aot_eager", fullgraph=True)
+    y = compiled(x, index, weights)
+    close(y, own)
+    for one, other in zip(
+        torch.autograd.grad(y.float().square().sum(), (x, weights)), truth, strict=True
+    ):
+        torch.testing.assert_close(one, other, atol=0.03 * float(other.abs().max()), rtol=0.03)
+    with torch.autocast("cpu", torch.bfloat16):
+        close(compiled(x.float(), index, weights), own.float())
+    assert held(experts) is not None
+    torch.compiler.reset()
+
+
+def test_the_operator_is_one_of_torch():
+    random = torch.Generator().manual_seed(0)
+    weight = torch.randn(3, 8, 16, generator=random).unflatten(2, (-1, 4))
+    weight[..., ::2] = 0
+    from llmprune.kernels.packed import pack
+
+    layout = forms.S24_EXPERTS.prepare(pack(weight.flatten(2).bfloat16()), False)
+    x = torch.randn(5, 16, generator=random).bfloat16().requires_grad_()
+    order, ends = route(torch.tensor([[0, 2], [1, 2], [0, 1], [2, 0], [0, 2]]), 3)
+    for form, held_as in (
+        ("s24_experts", layout),
+        ("dense_experts", [weight.flatten(2).bfloat16()]),
+    ):
+        more = (order, ends, form, (3, 8, 16), 2, 2)
+        torch.library.opcheck(torch.ops.llmprune.sparse_experts.default, (x, held_as, *more))
+        (gradient,) = torch.autograd.grad(sparse_experts(x, held_as, *more).sum(), x)
+        assert gradient.shape == x.shape
+        with pytest.raises(RuntimeError, match=r"inputs \[5, 16\], 1 times each, do not fit"):
+            sparse_experts(x, held_as, order, ends, form, (3, 8, 16), 1, 2)
+    torch.library.opcheck(
+        torch.ops.llmprune.route_experts.default, (torch.zeros(2, 2, dtype=torch.long), 3)
+    )
+    with pytest.raises(ValueError, match="no form of experts 's24_mma'; known: s24_experts, dense"):
+        forms.find("s24_mma")
+
+
+def test_by_the_source_of_the_kernel(anywhere, root: Path, monkeypatch):
+    model = two_of_four("qwen3_moe")
+    truth = logits(model)
+    llmprune.sparsify(model)
+    monkeypatch.setattr(anywhere, "launches", lambda device: True, raising=False)
+    kernels = root / "kernels"
+    with on_cpu(kernels / "s24_gluon.py", kernels / "experts_gluon.py"):
+        close(logits(model), truth)
+    assert laid(model)

@@ -129,7 +129,11 @@ class _Unpack(ConversionOps):  # type: ignore[misc]
             return None
         like = next(iter(packed.values())).values
         given = {name: pack(weight.to(like.dtype)) for name, weight in dense.items()}
-        return rearranged({**packed, **given}, lambda tensors: _convert(group, tensors, model))
+        found = rearranged({**packed, **given}, lambda tensors: _convert(group, tensors, model))
+        held = {(o.spec.pattern, o.spec.axis) if o.spec else None for o in group.origins}
+        if found is not None and len(held) == 1 and (one := held.pop()) and one[1] == "rows":
+            self.routes.patterns |= dict.fromkeys(found, one[0])
+        return found
 
     def _converted(
         self, group: Group, packed: Mapping[str, Packed], dense: Mapping[str, Tensor], model: Any
