@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from llmprune.checkpoint.census import Axis
 from llmprune.errors import CheckpointError
+from llmprune.kernels.interface import Mixture
 from llmprune.kernels.packed import Packed, count
 from llmprune.kernels.sparse_linear import expanded
 from llmprune.runtime import fused, laid_experts, opaque
@@ -90,6 +91,11 @@ class PackedModule(nn.Module):
         """Whether transformers has wrapped other ways to run experts around the family's own."""
         return self._dense_class.forward is not type(self)._own_forward
 
+    def cases(self, tokens: int) -> list[Mixture]:
+        """What kernels for all experts at once are asked to do for so many tokens, by parameter."""
+        stacked = (name for name, room in self.rooms.items() if len(room.shape) == 3)
+        return [laid_experts.case(self, name, tokens) for name in stacked]
+
     def check(self) -> None:
         """Refuse values and bitmaps that do not fit each other; to be called when they are loaded.
 
@@ -104,23 +110,11 @@ class PackedModule(nn.Module):
         if all(len(room.shape) == 2 for room in self.rooms.values()):  # nothing is shared out
             return self._own_forward(self, *args, **kwargs)
         given = fused.arguments(args, kwargs)
-        if given is not None and (laid := self._at_hand()):
+        if given is not None and (laid := laid_experts.at_hand(self)):
             return fused.forward(self, laid, *given)
         if torch.compiler.is_compiling():
             return self._compiled(*args, **kwargs)
         return self.run_own(*args, **kwargs)
-
-    def _at_hand(self) -> dict[str, LaidOut] | None:
-        """The layouts for a forward, if any."""
-        if torch.compiler.is_compiling():
-            return (
-                self._laid if all(one.layout is not None for one in self._laid.values()) else None
-            )
-        laid = laid_experts.held(self)
-        # nothing is laid out in training: optimizers and gradients would have it back for each step
-        if laid is None and not (self.training and torch.is_grad_enabled()):
-            laid = laid_experts.lay_out(self)
-        return laid
 
     def _compiled(self, *args: Any, **kwargs: Any) -> Any:
         """Which experts run depends on the data: torch.compile cannot look into it."""

@@ -62,6 +62,19 @@ def held(module: PackedModule) -> Laid | None:
     return laid
 
 
+def at_hand(module: PackedModule) -> Laid | None:
+    """The layouts for a forward, if any; lays them out where that may and should be."""
+    if torch.compiler.is_compiling():
+        return (
+            module._laid if all(one.layout is not None for one in module._laid.values()) else None
+        )
+    laid = held(module)
+    # nothing is laid out in training: optimizers and gradients would have it back for each step
+    if laid is None and not (module.training and torch.is_grad_enabled()):
+        laid = lay_out(module)
+    return laid
+
+
 def bring_back(module: PackedModule) -> None:
     """Have a module hold the stored form, if it does not."""
     with SWITCHING:
