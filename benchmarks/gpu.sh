@@ -77,6 +77,7 @@ if ! part "right" 110 benchmarks/correct.py --out "$out/correct.json" "$@"; then
 fi
 part "few tokens" 215 benchmarks/few_tokens.py --out "$out/few_tokens.json" \
     --correct "$out/correct.json" --seconds 165 "$@"
+part "experts" 75 benchmarks/experts.py --out "$out/experts.json" --seconds 45 "$@"
 part "end to end" 160 benchmarks/end_to_end.py --out "$out/end_to_end.json" --tried "$out/few_tokens.json" \
     --seconds $((whole - SECONDS < 160 ? whole - SECONDS - 35 : 125)) "${model[@]}" "$@"
 part "few tokens at 3:8" 60 benchmarks/few_tokens.py --out "$out/few_tokens_3_8.json" --pattern 3:8 \

@@ -46,9 +46,9 @@ def test_the_whole_script_is_rehearsed_without_datasets(root: Path, tmp_path: Pa
         PYTHONPATH=str(tmp_path),
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    correct, few, whole = (
+    correct, few, experts, whole = (
         json.loads((out / f"{name}.json").read_text())
-        for name in ("correct", "few_tokens", "end_to_end")
+        for name in ("correct", "few_tokens", "experts", "end_to_end")
     )
     kernels = ("s24_mma", "s24_bits", "n8_mma", "nm_gemv", "dispatch")
     assert correct["right"] == dict.fromkeys(kernels, True)
@@ -68,6 +68,13 @@ def test_the_whole_script_is_rehearsed_without_datasets(root: Path, tmp_path: Pa
     assert {row["kernel"] for row in eight["rows"]} == set(with_others)
     assert eight["wrong"] == []
     assert set(few["questions"].values()) == {"not measured: needs an NVIDIA GPU"}
+    assert [(row["mixture"], row["tokens"], row["way"]) for row in experts["rows"]] == [
+        (mixture, tokens, way)
+        for mixture in ("small Qwen3", "small Mixtral")
+        for tokens in (1, 5)
+        for way in ("dense", "s24_experts", "expanded")
+    ]
+    assert experts["wrong"] == experts["left_out"] == []
     assert whole["lost"] == {}
     assert whole["logits"]["sparse and dense"] < 0.02
     contenders = ["dense", "sparse", "int8", "int4"]
@@ -75,7 +82,7 @@ def test_the_whole_script_is_rehearsed_without_datasets(root: Path, tmp_path: Pa
     assert whole["model"] == {
         "shape": "Llama-3-8B", "layers": 2, "of_layers": 32, "weights": "random"
     }  # fmt: skip
-    for one in (correct, few, whole):
+    for one in (correct, few, experts, whole):
         assert one["small"]
         assert one["commit"]
         assert torch.__version__.startswith(one["versions"]["torch"])  # without +cu130
@@ -96,6 +103,7 @@ esac
         ("correct.py", "1", "FAILED: right: status 1"),
         ("correct.py", "124", "FAILED: right: not known in time"),
         ("few_tokens.py", "3", "FAILED: few tokens: status 3"),
+        ("experts.py", "1", "FAILED: experts: status 1"),
         ("end_to_end.py", "124", "for want of time: end to end: ended after"),
     ],
 )
@@ -107,10 +115,23 @@ def test_parts_go_on_after_one_that_failed(
     fake.chmod(0o755)
     done = sh(root, str(tmp_path), PYTHON=str(fake), LOG=str(log), FAILS=fails, STATUS=status)
     ran = [line.split()[0] for line in log.read_text().splitlines()]
-    parts = ("correct", "few_tokens", "end_to_end", "few_tokens")
-    assert ran == [f"benchmarks/{name}.py" for name in parts]
+    names = ("correct", "few_tokens", "experts", "end_to_end", "few_tokens")
+    assert ran == [f"benchmarks/{name}.py" for name in names]
     assert done.returncode == (1 if told and told.startswith("FAILED") else 0)
     assert told is None or told in done.stdout
+
+
+def test_no_microseconds_for_wrong_experts(bench: Any) -> None:
+    experts = bench("experts")
+    device, wrong = torch.device("cpu"), list[str]()
+    mixture = experts.SMALL["small Mixtral"]
+    ways = experts._ways(mixture, device, True)
+    right = ways["s24_experts"]
+    ways["s24_experts"] = lambda *given: right(*given) * 1.1
+    ways["expanded"] = lambda *given: right(*given).fill_(torch.nan)
+    rows = list(experts._measure(mixture, ways, 2, device, "here", wrong))
+    assert [row["way"] for row in rows] == ["dense"]
+    assert [line.split(":")[0] for line in wrong] == ["s24_experts, here", "expanded, here"]
 
 
 def test_pruning_is_asked_for_apart(root: Path, tmp_path: Path) -> None:
