@@ -9,7 +9,6 @@ experts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -17,14 +16,15 @@ from torch import Tensor
 
 from llmprune.kernels import choice, gpu, measure, s24_experts, table
 from llmprune.kernels.expanding import dense_of, how
+from llmprune.kernels.experts_table import NAME, Shape, known_as, matrix_of, timing_of
 from llmprune.kernels.held import S24_MMA
 from llmprune.kernels.interface import Mixture
 from llmprune.kernels.packed import Packed, select, unpack
+from llmprune.kernels.product import grouped
 from llmprune.kernels.s24_experts import ExpertsLayout, pack_experts, unpack_experts
 
 _MOST = 64  # inputs of an expert on average up to which the kernel is used unmeasured; a guess
 _EVEN = 8  # weights: torch's grouped_mm takes matrices whose rows begin at multiples of 16 bytes
-Shape = tuple[int, int, int]
 
 
 class Form(Protocol):
@@ -87,7 +87,7 @@ class Form(Protocol):
 class S24Experts:
     """2:4 on sparse tensor cores. A layout is [marker, words], or with kept zeros [marker, words, bitmap]."""
 
-    name = "s24_experts"
+    name = NAME
     about = "reads 9 bits per weight of the experts that are hit, in one launch"
 
     def unfit(self, case: Mixture) -> str | None:
@@ -282,42 +282,3 @@ def _fits(case: Mixture) -> bool:
     free, total = gpu.free(gpu.whole(case.device))
     rows, columns = case.shape
     return free - case.experts * rows * columns * (case.dtype.itemsize + 1 / 8) >= total / 10
-
-
-def matrix_of(case: Mixture) -> table.Matrix:
-    """How the table knows the matrices of a parameter."""
-    shape = (case.experts, *case.sides)
-    return known_as(gpu.whole(case.device), shape, case.dtype, case.each)
-
-
-@lru_cache(4096)
-def known_as(device: torch.device, shape: Shape, dtype: torch.dtype, chosen: int) -> table.Matrix:
-    """How the table knows matrices (experts, out, in), of which a token is routed to so many."""
-    name, capability = gpu.identity(device)
-    experts, rows, columns = shape
-    kernel = f"{S24_EXPERTS.name} {experts} x {chosen}"
-    of = str(dtype).removeprefix("torch.")
-    return table.Matrix(name, capability, kernel, s24_experts.REVISION, "2:4", rows, columns, of)
-
-
-def timing_of(matrix: table.Matrix, tokens: int) -> table.Timing | None:
-    """What was measured for so many tokens or the next more, else for the most."""
-    known = table.current().timings.get(matrix)
-    if not known:
-        return None
-    return table.current().at(matrix, tokens) or known[max(known)]
-
-
-def grouped(x: Tensor, weight: Tensor, order: Tensor, ends: Tensor, each: int) -> Tensor:
-    """`s24_experts.s24_experts` by dense matrices [experts, out, in], through torch's grouped_mm.
-
-    That runs bfloat16 on compute capability 9.0 and newer as one kernel; elsewhere torch goes through the
-    experts one by one, and waits for `ends` before.
-    """
-    y = x.new_empty((len(order), weight.shape[1]))
-    if not len(order):
-        return y
-    place = order.long()
-    taken = x.contiguous()[place // each]
-    found = torch.nn.functional.grouped_mm(taken, weight.transpose(1, 2), offs=ends)
-    return y.index_copy_(0, place, found)

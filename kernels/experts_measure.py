@@ -16,10 +16,13 @@ import torch
 from torch import Tensor
 
 from llmprune.kernels import experts, gpu, measure
+from llmprune.kernels.experts_table import matrix_of
 from llmprune.kernels.held import S24_MMA
 from llmprune.kernels.interface import Mixture
 from llmprune.kernels.measure import Launch, Refused, Timer, Unusable, Way
-from llmprune.kernels.s24_experts import ExpertsLayout, route, s24_experts
+from llmprune.kernels.product import grouped
+from llmprune.kernels.routing import route
+from llmprune.kernels.s24_experts import ExpertsLayout, s24_experts
 from llmprune.kernels.table import FAIR, Timing, current, keep, most, tell
 
 QUICK = (1, 8, 64, 512, 2048)  # tokens that are measured of a parameter when it is first laid out
@@ -29,7 +32,7 @@ _TURNS = 16  # calls that are routed otherwise, at most
 
 def first(case: Mixture) -> None:
     """Measure a parameter quickly if that has not been done, and may be now; keep it, and say so."""
-    matrix = experts.matrix_of(case)
+    matrix = matrix_of(case)
     if matrix in current().timings or matrix in measure.FAILED or matrix in measure.LEFT_OUT:
         return
     if os.environ.get(measure.SETTING) == "0" or gpu.occupied(case.device):
@@ -101,7 +104,7 @@ class Bench:
         random = torch.Generator(self.device).manual_seed(tokens)
         x = torch.randn(tokens, self.shape[2], generator=random, device=self.device).to(self.dtype)
         routed = list(self._routed(tokens, random))
-        call = partial(experts.grouped, x, self.dense)
+        call = partial(grouped, x, self.dense)
         dense = Way("dense", tokens, [partial(call, *how, self.chosen) for how in routed])
         expected = dense.runs[0]()
         yield dense
@@ -133,4 +136,4 @@ class Bench:
 
     def _whole(self, x: Tensor, order: Tensor, ends: Tensor) -> Tensor:
         """Expanded, then as dense."""
-        return experts.grouped(x, self._expand(), order, ends, self.chosen)
+        return grouped(x, self._expand(), order, ends, self.chosen)

@@ -8,8 +8,8 @@ graph may record the launch.
 
     routed r: row `r // each` of x times the matrix of its expert -> row r of y
 
-`order` lists what is routed, sorted by expert, and `ends` says where each expert ends in that list (`route`),
-as `offs` does for torch's `grouped_mm`; but inputs are read, and outputs written, where they are.
+`order` lists what is routed, sorted by expert, and `ends` says where each expert ends in that list
+(`routing`), as `offs` does for torch's `grouped_mm`; inputs are read, and outputs written, where they are.
 
 State: as of `s24_mma`, whose device functions it uses. The source of the kernel gives the products of
 float64 when an emulator of the instructions runs it on a CPU (tests/test_kernel_s24_experts.py); it
@@ -28,6 +28,7 @@ from torch import Tensor
 from . import gpu, s24_mma
 from .nm_gemv import on_device_of
 from .packed import Packed, count, pack, select, unpack, unpack_bits
+from .routing import route_reference
 from .s24_layout import COLUMNS, ROWS, TILES, S24Layout, dense_s24, pack_s24
 from .slots import row_blocks
 
@@ -127,19 +128,6 @@ def _tall(part: Tensor, rows: int, transposed: bool) -> Tensor:
     """Matrices [experts, ...] as one, of each so many rows."""
     part = part.transpose(1, 2) if transposed else part
     return torch.nn.functional.pad(part, (0, 0, 0, rows - part.shape[1])).flatten(0, 1)
-
-
-def route(
-    ids: Tensor,  # [...] whole numbers: to which expert each is routed
-    experts: int,
-) -> tuple[Tensor, Tensor]:
-    """(order, ends): int32 [routed] and [experts]. The host does not wait.
-
-    What is routed to an expert that there is not lies behind the last end.
-    """
-    found, order = ids.flatten().sort(stable=True)
-    numbers = torch.arange(experts, dtype=found.dtype, device=ids.device)
-    return order.int(), torch.searchsorted(found, numbers, right=True, out_int32=True)
 
 
 def s24_experts(
@@ -246,7 +234,7 @@ def _wrong(device: torch.device) -> str | None:
             ids = torch.where(
                 ids == 1, 0, ids
             )  # the first has more than others, the second nothing
-            routed = route(ids.to(device), experts)
+            routed = route_reference(ids.to(device), experts)
             y = s24_experts(x, layout, *routed, 2).float()
             expected = s24_experts_reference(x, layout, *routed, 2).float()
             # Two roundings of the result, and a float32 sum in another order.

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmprune.kernels import s24_experts
-from llmprune.kernels.experts import find, grouped
+from llmprune.kernels import routing
+from llmprune.kernels.experts import find
+from llmprune.kernels.product import grouped
 
 
 def route(ids: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """`s24_experts.route`, opaque: (order, ends) of what is routed to `ids` [tokens, chosen]."""
+    """`routing.route`, opaque: (order, ends) of what is routed to `ids` [tokens, chosen]."""
     order, ends = torch.ops.llmprune.route_experts(ids, experts)
     return order, ends
 
@@ -56,7 +57,7 @@ def sparse_experts(
 
 @torch.library.custom_op("llmprune::route_experts", mutates_args=())
 def _route(ids: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    return s24_experts.route(ids, experts)
+    return routing.route(ids, experts)
 
 
 @_route.register_fake

@@ -12,6 +12,7 @@ import torch
 
 from llmprune.kernels import experts, experts_measure, gpu, measure
 from llmprune.kernels.choice import offered
+from llmprune.kernels.experts_table import matrix_of
 from llmprune.kernels.interface import Case, Mixture
 from llmprune.kernels.measure import Bench, Timer
 from llmprune.kernels.table import Matrix, Table, Timing, counted, current, keep
@@ -119,7 +120,7 @@ def _jobs(cases: Iterable[Case]) -> tuple[dict[Matrix, _Job], list[str]]:
     for case in cases:
         if isinstance(case, Mixture):
             if (why := experts.S24_EXPERTS.unfit(case)) is None:
-                jobs.setdefault(experts.matrix_of(case), partial(experts_measure.Bench, case))
+                jobs.setdefault(matrix_of(case), partial(experts_measure.Bench, case))
             else:
                 shape = " x ".join(map(str, (case.experts, *case.sides)))
                 notes[f"not measured: {shape} {case.pattern}: {experts.S24_EXPERTS.name} {why}"] = (

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llmprune.kernels import experts, experts_measure, measure, table, tuning
 from llmprune.kernels.experts import S24Experts
+from llmprune.kernels.experts_table import matrix_of
 from llmprune.kernels.held import S24_MMA
 from llmprune.kernels.interface import Mixture
 from llmprune.kernels.measure import Way
@@ -76,7 +77,7 @@ def test_what_was_not_measured_is_and_told(
     monkeypatch.setattr(experts_measure, "QUICK", (1, 65))
     for _ in range(2):
         assert experts.choose(CASE) is experts.S24_EXPERTS
-    known = table.current().timings[experts.matrix_of(CASE)]
+    known = table.current().timings[matrix_of(CASE)]
     # with one token other warps make up for it, with 65 nobody asks
     assert known == {
         1: Timing(1, 9.0, 4, None, 30.0, 10.0),

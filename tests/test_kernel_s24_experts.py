@@ -16,10 +16,10 @@ from torch import Tensor
 from llmprune.kernels import s24_experts as experts_module
 from llmprune.kernels import slots as slots_module
 from llmprune.kernels.packed import pack, unpack
+from llmprune.kernels.routing import route
 from llmprune.kernels.s24_experts import (
     ExpertsLayout,
     pack_experts,
-    route,
     s24_experts,
     s24_experts_reference,
     unpack_experts,
@@ -81,17 +81,6 @@ def test_zeros_that_are_kept_come_back_by_their_bitmap() -> None:
     packed = pack(dense, keep)
     back = unpack_experts(pack_experts(packed), packed.bitmap)
     assert torch.equal(bits(back.values), bits(packed.values))
-
-
-def test_what_is_routed_is_sorted() -> None:
-    chosen = torch.tensor([[3, 0], [0, 5], [3, 1]])
-    order, ends = route(chosen, 5)  # there is no expert 5
-    assert order.tolist() == [1, 2, 5, 0, 4, 3]
-    assert ends.tolist() == [2, 3, 3, 5, 5]
-    assert (order.dtype, ends.dtype) == (torch.int32, torch.int32)
-    none, nowhere = route(chosen[:0], 5)
-    assert none.shape == (0,)
-    assert nowhere.tolist() == [0] * 5
 
 
 # tokens, each to so many of (experts, rows, columns); warps, eights; how they are spread

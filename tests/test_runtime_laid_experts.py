@@ -17,6 +17,7 @@ import llmprune
 from llmprune.kernels import experts as forms
 from llmprune.kernels import explain, measure, prefer, prepare, table
 from llmprune.kernels.experts import S24Experts
+from llmprune.kernels.experts_table import matrix_of
 from llmprune.kernels.held import S24_MMA
 from llmprune.kernels.interface import Mixture
 from llmprune.kernels.sparse_experts import route, sparse_experts
@@ -45,8 +46,8 @@ class Anywhere(S24Experts):
 
 
 @pytest.fixture(autouse=True)
-def anywhere(monkeypatch: pytest.MonkeyPatch) -> S24Experts:
-    form = Anywhere()
+def anywhere(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> S24Experts:
+    form = S24Experts() if request.node.get_closest_marker("gpu") else Anywhere()
     monkeypatch.setattr(forms, "S24_EXPERTS", form)
     monkeypatch.setitem(forms.FORMS, form.name, form)
     laid_experts._COMPARED.clear()
@@ -106,7 +107,7 @@ def test_dense_where_the_kernel_was_measured_slower(monkeypatch):
     llmprune.sparsify(model)
     module = packed_modules(model)[0]
     case = laid_experts.case(module, "gate_up_proj", 1)
-    table.current().add(forms.matrix_of(case), [table.Timing(8, 9.0, 4, None, 20.0, 8.0)])
+    table.current().add(matrix_of(case), [table.Timing(8, 9.0, 4, None, 20.0, 8.0)])
     told = str(explain(module.gate_up_proj, 4))
     assert told.startswith("s24_experts: reads 9 bits")
     assert "by the kernel; measured: 9.0 us, dense 8.0 us at 8 tokens" in told
@@ -150,7 +151,7 @@ def test_the_number_of_tokens_decides_what_a_layout_does(anywhere, monkeypatch):
     llmprune.sparsify(model)
     module = packed_modules(model)[0]
     case = laid_experts.case(module, "down_proj", 1)
-    matrix = forms.matrix_of(case)
+    matrix = matrix_of(case)
     assert anywhere.launch(matrix, 8, 64 * case.experts) == (None,)
     assert anywhere.launch(matrix, 8, 64 * case.experts + 1) is None
     assert "not measured" in explain(module.down_proj, 8).route
@@ -358,3 +359,42 @@ def test_by_the_source_of_the_kernel(anywhere, root: Path, monkeypatch):
     with on_cpu(kernels / "s24_gluon.py", kernels / "experts_gluon.py"):
         close(logits(model), truth)
     assert laid(model)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+def test_on_a_gpu_a_model_computes_the_same_and_is_recorded(family):
+    """The twin of the tests above, by the kernel itself; no host looks at which experts are hit."""
+    model = two_of_four(family).cuda()
+    random = torch.Generator().manual_seed(0)
+    module = next(
+        m for m in model.modules() if hasattr(m, "down_proj") and hasattr(m, "is_transposed")
+    )
+    width = model.config.hidden_size
+    number, each = len(module.down_proj), laid_experts.chosen(module)
+
+    def inputs() -> tuple[Tensor, Tensor, Tensor]:
+        hidden = torch.randn(9, width, generator=random).cuda().bfloat16()
+        index = torch.rand(9, number, generator=random).argsort(1)[:, :each].cuda()
+        return hidden, index, torch.rand(9, each, generator=random).cuda().bfloat16()
+
+    first, second = inputs(), inputs()
+    with torch.no_grad():
+        truth = [module(*given) for given in (first, second)]
+        llmprune.sparsify(model)
+        assert module.down_proj.kernel == "s24_experts"
+        for given, known in zip((first, second), truth, strict=True):
+            close(module(*given), known)
+        graph, held_as = torch.cuda.CUDAGraph(), [part.clone() for part in first]
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            recorded = module(*held_as)
+        for part, new in zip(held_as, second, strict=True):
+            part.copy_(new)
+        graph.replay()
+        assert torch.equal(recorded, module(*second))
+        torch.compiler.reset()
+        compiled = torch.compile(module, fullgraph=True, mode="reduce-overhead")
+        for _ in range(3):
+            close(compiled(*second).clone(), truth[1])
+        torch.compiler.reset()
