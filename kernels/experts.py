@@ -24,6 +24,7 @@ from llmprune.kernels.product import grouped
 from llmprune.kernels.s24_experts import ExpertsLayout, pack_experts, unpack_experts
 
 _MOST = 64  # inputs of an expert on average up to which the kernel is used unmeasured; a guess
+_LARGEST = 2**21  # that are routed at once: bounds a dimension of the kernel's grid
 _EVEN = 8  # weights: torch's grouped_mm takes matrices whose rows begin at multiples of 16 bytes
 
 
@@ -124,6 +125,8 @@ class S24Experts:
         """Warps by which the kernel takes so many; None where they are expanded."""
         experts = int(matrix.kernel.split()[1])
         timing = timing_of(matrix, tokens)
+        if routed > _LARGEST:
+            return None
         if timing is None:
             return (None,) if routed <= _MOST * experts else None
         return (timing.warps,) if timing.by_kernel else None

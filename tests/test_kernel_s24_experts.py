@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -222,15 +223,27 @@ def job(arch: int, eights: int, half: str = "bf16", every: bool = True, few: boo
     return Job("experts_gluon", "experts_kernel", types, constants, 8, arch, True, sizes)
 
 
+def with_ones(one: Job, *names: str) -> Job:
+    types = {name: of for name, of in one.types.items() if name not in names}
+    sizes = [name for name in one.unaligned if name not in names]
+    constants = one.constants | dict.fromkeys(names, 1)
+    return replace(one, types=types, constants=constants, unaligned=sizes)
+
+
 @pytest.mark.parametrize("arch", [80, 89, 90, 100])
 def test_it_compiles_to_sparse_tensor_cores(arch: int, tmp_path: Path, root: Path) -> None:
     if not can_compile():
         pytest.skip("the ptxas and cuobjdump that triton ships do not run here")
     jobs = [job(arch, 1, few=True) if arch in (80, 90) else job(arch, 2, "f16", every=False)]
     jobs += [job(arch, eights) for eights in (4, 8)] if arch == 90 else []
+    # what is 1 becomes a constant: of a down projection, and of one expert of few columns
+    jobs += [with_ones(job(arch, 1, few=True), "each")] if arch == 89 else []
+    jobs += [with_ones(job(arch, 2), "chunks", "experts", "each")] if arch == 80 else []
     for one, what in zip(found(jobs, tmp_path, root), jobs, strict=True):
         eights = int(what.constants["EIGHTS"])
         assert one.stack <= 16, "registers are spilled"
+        if "chunks" not in what.types:
+            continue  # there is no loop
         assert not {"LDS", "STS", "BAR", "LDL", "STL"} & one.loop.keys(), one.loop
         half = ".BF16" if what.constants["HALF"] == "bf16" else ""
         assert one.names == [f"HMMA.SP.16832.F32{half}"]

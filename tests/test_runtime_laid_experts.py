@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ from gluon_on_cpu import on_cpu
 from torch import Tensor, nn
 
 import llmprune
+from llmprune.errors import CheckpointError, ModelError
 from llmprune.kernels import experts as forms
 from llmprune.kernels import explain, measure, prefer, prepare, table
 from llmprune.kernels.experts import S24Experts
 from llmprune.kernels.experts_table import matrix_of
 from llmprune.kernels.held import S24_MMA
 from llmprune.kernels.interface import Mixture
+from llmprune.kernels.packed import Packed, pack
 from llmprune.kernels.sparse_experts import route, sparse_experts
 from llmprune.model import matrices
 from llmprune.runtime import laid_experts
@@ -161,6 +164,9 @@ def test_the_number_of_tokens_decides_what_a_layout_does(anywhere, monkeypatch):
     assert anywhere.launch(matrix, 9, 6) is None
     assert anywhere.launch(matrix, 10**6, 6) is None  # as at the most that was measured
     assert explain(module.down_proj, 9).route.startswith("all expanded into scratch memory")
+    table.current().add(matrix, [slow])
+    assert anywhere.launch(matrix, 2**20, 2**21) == (4,)
+    assert anywhere.launch(matrix, 2**20, 2**21 + 1) is None
     measure.FAILED[matrix] = "gives wrong results"
     try:
         assert forms.choose(case) is forms.DENSE_EXPERTS
@@ -202,6 +208,32 @@ def test_a_module_that_computes_something_else_runs_one_by_one(capsys):
     close(logits(model), truth)
     told = "GptOssExperts runs expert by expert: its experts computed at once give something else"
     assert capsys.readouterr().err.count(told) == len(packed_modules(model))
+
+
+def test_experts_that_lie_about_their_pattern_are_refused():
+    model = two_of_four("qwen3_moe")
+    module = next(m for m in model.modules() if hasattr(m, "gate_up_proj"))
+    module.down_proj.data[0, 0, :3] = 1
+    llmprune.sparsify(model)
+    room = module.rooms["down_proj"]
+    assert held(module) is None
+    module.rooms["down_proj"] = dataclasses.replace(room, pattern="2:4")
+    with pytest.raises(
+        CheckpointError, match=r"are said to hold 2:4, but: not 2:4: 1 of .* groups"
+    ):
+        prepare(model)
+
+
+def test_a_form_that_does_not_give_back_what_it_was_given_is_refused(anywhere, monkeypatch):
+    right = anywhere.packed
+    model = two_of_four("qwen3_moe")
+
+    def negative(*given: Any) -> Packed:
+        return dataclasses.replace(right(*given), values=-right(*given).values)
+
+    monkeypatch.setattr(anywhere, "packed", negative, raising=False)
+    with pytest.raises(ModelError, match="s24_experts does not give back experts"):
+        llmprune.sparsify(model)
 
 
 ASKED = {
@@ -328,8 +360,6 @@ def test_the_operator_is_one_of_torch():
     random = torch.Generator().manual_seed(0)
     weight = torch.randn(3, 8, 16, generator=random).unflatten(2, (-1, 4))
     weight[..., ::2] = 0
-    from llmprune.kernels.packed import pack
-
     layout = forms.S24_EXPERTS.prepare(pack(weight.flatten(2).bfloat16()), False)
     x = torch.randn(5, 16, generator=random).bfloat16().requires_grad_()
     order, ends = route(torch.tensor([[0, 2], [1, 2], [0, 1], [2, 0], [0, 2]]), 3)
