@@ -34,8 +34,7 @@ from torch import Tensor, nn
 from llmprune.kernels import experts as forms
 from llmprune.kernels.packed import pack
 from llmprune.runtime import fused
-from llmprune.runtime.absent import LaidOut
-from llmprune.runtime.laid_experts import LaidExperts
+from llmprune.runtime.fused import Matrices
 
 TOKENS = (1, 4, 16, 64, 512)
 TURNS = 16  # routings that calls take in turn, at most
@@ -125,32 +124,32 @@ def main() -> None:
 @torch.no_grad()
 def _ways(mixture: Mixture, device: torch.device, kernel: bool) -> dict[str, Forward]:
     """The dense module first, then ours; on a CPU the layout is multiplied by plain torch."""
-    dense, laid = mixture.module(), dict[str, LaidOut]()
+    dense, held = mixture.module(), dict[str, Matrices]()
     number, hidden, inside = mixture.experts, mixture.hidden, mixture.intermediate
     shapes = {"gate_up_proj": (number, 2 * inside, hidden), "down_proj": (number, hidden, inside)}
     for seed, (name, shape) in enumerate(shapes.items()):
         weight = _two_of_four(shape, device, seed)
         setattr(dense, name, nn.Parameter(weight, requires_grad=False))
         layout = forms.S24_EXPERTS.prepare(pack(weight), False)
-        laid[name] = LaidExperts(forms.S24_EXPERTS.name, shape, False, False, layout)
+        held[name] = forms.S24_EXPERTS.name, shape, layout
     ways: dict[str, Forward] = {"dense": dense}
     if kernel or device.type == "cpu":
-        ways["s24_experts"] = partial(fused.forward, dense, laid)
-    ways["expanded"] = partial(_expanded, dense, laid)
+        ways["s24_experts"] = partial(fused.forward, dense, held)
+    ways["expanded"] = partial(_expanded, dense, held)
     return ways
 
 
-def _expanded(dense: nn.Module, laid: dict[str, LaidOut], *inputs: Tensor) -> Tensor:
+def _expanded(dense: nn.Module, held: dict[str, Matrices], *inputs: Tensor) -> Tensor:
     """The forward that expands all experts before each product."""
 
-    def one(held: LaidOut) -> LaidOut:
-        assert held.layout is not None
-        number, rows, columns = held.shape
-        weight = forms.S24_EXPERTS.expanded(held.layout, (number, rows, columns))
-        return LaidExperts(forms.DENSE_EXPERTS.name, held.shape, False, False, [weight])
+    def one(shape: tuple[int, ...], layout: list[Tensor]) -> Matrices:
+        number, rows, columns = shape
+        weight = forms.S24_EXPERTS.expanded(layout, (number, rows, columns))
+        return forms.DENSE_EXPERTS.name, shape, [weight]
 
     hidden, index, weights = inputs
-    return fused.forward(dense, {n: one(h) for n, h in laid.items()}, hidden, index, weights)
+    whole = {name: one(shape, layout) for name, (_, shape, layout) in held.items()}
+    return fused.forward(dense, whole, hidden, index, weights)
 
 
 def _two_of_four(shape: tuple[int, int, int], device: torch.device, seed: int) -> Tensor:

@@ -110,7 +110,7 @@ class PackedModule(nn.Module):
         if all(len(room.shape) == 2 for room in self.rooms.values()):  # nothing is shared out
             return self._own_forward(self, *args, **kwargs)
         given = fused.arguments(args, kwargs)
-        if given is not None and (laid := laid_experts.at_hand(self)):
+        if given is not None and (laid := fused.taken(laid_experts.at_hand(self))):
             return fused.forward(self, laid, *given)
         if torch.compiler.is_compiling():
             return self._compiled(*args, **kwargs)

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from llmprune.kernels.sparse_experts import route, sparse_experts
 from llmprune.runtime.absent import LaidOut
 
+Matrices = tuple[str, tuple[int, ...], list[Tensor]]
+"""The form that the matrices of a parameter are held in, (experts, out, in), and their layout."""
 NAMES = ("hidden_states", "top_k_index", "top_k_weights")
 
 
@@ -41,26 +43,40 @@ def _first(module: Any) -> str:
     return "gate_up_proj" if module.has_gate else "up_proj"
 
 
+def taken(laid: Mapping[str, LaidOut] | None) -> dict[str, Matrices] | None:
+    """What `forward` reads, whatever other threads bring back meanwhile; None where they have."""
+    found = {}
+    for name, one in (laid or {}).items():
+        layout = one.layout
+        if layout is None:
+            return None
+        found[name] = one.kernel, one.shape, layout
+    return found or None
+
+
 def forward(
-    module: nn.Module, laid: Mapping[str, LaidOut], hidden: Tensor, index: Tensor, weights: Tensor
+    module: nn.Module,
+    held: Mapping[str, Matrices],
+    hidden: Tensor,
+    index: Tensor,
+    weights: Tensor,
 ) -> Tensor:
     """The outputs [tokens, hidden].
 
     Args:
         module: fused experts of transformers.
-        laid: the matrices of its parameters.
+        held: the matrices of its parameters.
         hidden: [tokens, hidden].
         index: [tokens, chosen] whole numbers, the experts of each token.
         weights: [tokens, chosen].
     """
     experts: Any = module
-    chosen, number = index.shape[-1], laid["down_proj"].shape[0]
+    chosen, number = index.shape[-1], held["down_proj"][1][0]
     order, ends = route(index, number)
 
     def product(name: str, x: Tensor, each: int) -> Tensor:
-        one = laid[name]
-        assert one.layout is not None
-        y = sparse_experts(x, one.layout, order, ends, one.kernel, one.shape, each, chosen)
+        form, shape, layout = held[name]
+        y = sparse_experts(x, layout, order, ends, form, shape, each, chosen)
         if not experts.has_bias:
             return y
         bias: Tensor = getattr(experts, f"{name}_bias")

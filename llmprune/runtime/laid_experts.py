@@ -65,9 +65,7 @@ def held(module: PackedModule) -> Laid | None:
 def at_hand(module: PackedModule) -> Laid | None:
     """The layouts for a forward, if any; lays them out where that may and should be."""
     if torch.compiler.is_compiling():
-        return (
-            module._laid if all(one.layout is not None for one in module._laid.values()) else None
-        )
+        return module._laid
     laid = held(module)
     # nothing is laid out in training: optimizers and gradients would have it back for each step
     if laid is None and not (module.training and torch.is_grad_enabled()):
@@ -240,7 +238,9 @@ def _differs(module: PackedModule, laid: Laid) -> str | None:
         index = torch.rand(4, experts, generator=random).argsort(1)[:, :few].to(device)
         weights = torch.rand(4, few, generator=random).to(device, values.dtype)
         own = module.run_own(hidden, index, weights).float()
-        ours = fused.forward(module, laid, hidden, index, weights).float()
+        matrices = fused.taken(laid)
+        assert matrices is not None
+        ours = fused.forward(module, matrices, hidden, index, weights).float()
         most = 0.03 * float(own.abs().max())  # rounded to bfloat16 on the way, in another order
         alike = ours.shape == own.shape and bool(((ours - own).abs() <= most).all())
         _COMPARED[key] = None if alike else "its experts computed at once give something else"
