@@ -25,7 +25,7 @@ from llmprune.kernels.interface import Mixture
 from llmprune.kernels.packed import Packed, pack
 from llmprune.kernels.sparse_experts import route, sparse_experts
 from llmprune.model import matrices
-from llmprune.runtime import laid_experts
+from llmprune.runtime import laid_experts, laid_out
 from llmprune.runtime.absent import AbsentValues
 from llmprune.runtime.experts import PackedModule
 from llmprune.runtime.laid_experts import held
@@ -208,6 +208,22 @@ def test_a_module_that_computes_something_else_runs_one_by_one(capsys):
     close(logits(model), truth)
     told = "GptOssExperts runs expert by expert: its experts computed at once give something else"
     assert capsys.readouterr().err.count(told) == len(packed_modules(model))
+
+
+def test_only_what_is_stored_is_told_to_be_expanded(monkeypatch, capfd):
+    model = two_of_four("qwen3_moe")
+    monkeypatch.setattr(laid_out, "_on_gpu", lambda tensor: True)
+    llmprune.sparsify(model)
+    linear = sum(isinstance(m, llmprune.SparseLinear) for m in model.modules())
+    both = 2 * len(packed_modules(model))
+    assert f"{linear} of {linear + both} packed parameters are expanded" in capfd.readouterr().err
+    prefer("expand")
+    try:
+        prepare(model)
+        laid_out.tell_expanded(model)
+    finally:
+        prefer(None)
+    assert f"{linear + both} of {linear + both} packed" in capfd.readouterr().err
 
 
 def test_experts_that_lie_about_their_pattern_are_refused():
