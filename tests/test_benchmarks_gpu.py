@@ -141,7 +141,8 @@ def test_pruning_is_asked_for_apart(root: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     done = sh(root, out, "--pruning", PYTHON=str(fake), LOG=str(log), FAILS="-", STATUS="0")
     ran = [line.split()[0] for line in log.read_text().splitlines()[2:]]
-    assert ran == [f"benchmarks/{name}.py" for name in ("gpu", "speed", "big", "big", "big")]
+    names = ("gpu", "speed", "solver_kernels", "big", "big", "big")
+    assert ran == [f"benchmarks/{name}.py" for name in names]
     assert done.returncode == 0
 
 

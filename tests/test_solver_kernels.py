@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import llmprune
 from llmprune import methods
-from llmprune.kernels import gpu, nm_mask, solver, sweep
+from llmprune.kernels import gpu, gram, nm_mask, solver, sweep
 from llmprune.pattern import NM, kth_lowest
 from llmprune.stats import Gram
 
@@ -76,17 +76,25 @@ def test_a_kernel_that_is_wrong_is_tried_once_and_told(
     assert capsys.readouterr().err.count("gram by plain torch on cpu: gives wrong") == 1
 
 
-@pytest.mark.parametrize(("name", "break_it"), [("sweep", sweep), ("nm_mask", nm_mask)])
+@pytest.mark.parametrize(
+    ("where", "launch"),
+    [
+        (gram, "add_kernel"),
+        (sweep, "prune_columns"),
+        (sweep, "round_columns"),
+        (nm_mask, "nm_keep"),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
 def test_the_trials_notice_a_kernel_that_does_nothing(
-    name: str, break_it: Any, monkeypatch: pytest.MonkeyPatch, device: torch.device
+    where: Any, launch: str, monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
-    launch = {"sweep": "prune_columns", "nm_mask": "nm_keep"}[name]
-
     def nothing(score: Tensor, *rest: Any) -> Tensor:
         return torch.zeros_like(score, dtype=torch.bool)
 
-    monkeypatch.setattr(break_it, launch, nothing)
-    assert break_it._wrong(device) is not None
+    assert where._wrong(device) is None
+    monkeypatch.setattr(where, launch, nothing)
+    assert where._wrong(device) is not None
 
 
 @pytest.mark.parametrize(("theirs", "why"), [(0.9, "slower than torch here (0.45x)"), (2.1, None)])
