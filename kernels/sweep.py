@@ -27,13 +27,14 @@ from .solver import Race, Solver
 WIDTH = (
     128  # columns of a launch, at most: what 255 registers of a thread hold together with the masks
 )
+GROUPS = (1, 2, 4, 8, 16, 32)  # of neighbours: a tile is folded by them; 1 where the mask stands
 ROWS = 8  # of a program, which is one warp: 4096 rows are a warp for each scheduler of an H200; not measured
 _MOST = 2**31
 
 
 def takes(width: int, m: int = 1) -> bool:
     """Whether the kernel sweeps so many columns at once, in groups of `m`."""
-    return 0 < width <= WIDTH and width % m == 0
+    return 0 < width <= WIDTH and m in GROUPS and width % m == 0
 
 
 def prune_columns(
@@ -56,7 +57,7 @@ def prune_columns(
         nm: keep n of every m neighbours, chosen here; None where `kt` is given.
 
     Raises:
-        ValueError: for a width that the kernel does not take, or tensors that do not fit together.
+        ValueError: for a width or an m that the kernel does not take, or tensors that do not fit together.
     """
     from .sweep_triton import prune_kernel
 

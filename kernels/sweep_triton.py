@@ -18,16 +18,36 @@ def _taken(tile, column, j):  # type: ignore[no-untyped-def]
     return tl.sum(tl.where(column == j, tile, 0.0), axis=0)
 
 
+@triton.jit
+def _over(values, upper, width, j):  # type: ignore[no-untyped-def]
+    """`values` [ROWS] over U_jj."""
+    return tl.div_rn(values, tl.broadcast_to(tl.load(upper + j * (width + 1)), values.shape))
+
+
 @triton.jit  # type: ignore[untyped-decorator]
-def _lowest(tile, diagonal, column, first, DROP: tl.constexpr, M: tl.constexpr):  # type: ignore[no-untyped-def]
+def _lowest(  # type: ignore[no-untyped-def]
+    tile,
+    upper,
+    width,
+    first,
+    DROP: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """Which of the M weights from column `first` on are the DROP lowest, on a tie the left one: bool tile."""
-    score = tl.div_rn(tile, tl.broadcast_to(diagonal, tile.shape))
+    groups = tl.reshape(tile, [BLOCK // M, M, ROWS])
+    mine = tl.arange(0, BLOCK // M)[:, None, None] == first // M
+    own = tl.sum(tl.where(mine, groups, 0.0), axis=0)  # [M, ROWS]
+    place = tl.arange(0, M)[:, None]
+    diagonal = tl.load(upper + (first + place) * (width + 1))
+    score = tl.div_rn(own, tl.broadcast_to(diagonal, own.shape))
     score = score * score
-    before = tl.zeros(tile.shape, tl.int32)
-    for j in range(first, first + M):
-        theirs = _taken(score, column, j)[None, :]
-        before += ((theirs < score) | ((theirs == score) & (column > j))).to(tl.int32)
-    return (column >= first) & (column < first + M) & (before < DROP)
+    before = tl.zeros([M, ROWS], tl.int32)
+    for j in range(M):
+        theirs = _taken(score, place, j)[None, :]
+        before += ((theirs < score) | ((theirs == score) & (place > j))).to(tl.int32)
+    return tl.reshape(mine & (before < DROP)[None, :, :], [BLOCK, ROWS])
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -51,7 +71,6 @@ def prune_kernel(  # type: ignore[no-untyped-def]
     live = (column < width) & (row < rows)
     at = weights + column * step + row
     tile = tl.load(at, mask=live, other=0.0)
-    diagonal = tl.load(upper + column * (width + 1), mask=column < width, other=1.0)
     if DROP:
         gone = tl.zeros([BLOCK, ROWS], tl.int1)
     else:
@@ -59,7 +78,7 @@ def prune_kernel(  # type: ignore[no-untyped-def]
     for j in range(width):
         if DROP:  # noqa: SIM102 - one is decided when compiled, the other when run
             if j % M == 0:
-                gone |= _lowest(tile, diagonal, column, j, DROP, M)
+                gone |= _lowest(tile, upper, width, j, DROP, M, BLOCK, ROWS)
         error = _taken(tl.where(gone, tile, 0.0), column, j)
         error *= tl.div_rn(1.0, tl.load(upper + j * (width + 1)))
         tl.store(errors + j * rows + row, error[None, :], mask=row < rows)
@@ -101,9 +120,7 @@ def round_kernel(  # type: ignore[no-untyped-def]
             steps + 12582912.0
         ) - 12582912.0  # 1.5 * 2^23: to the nearest, of two to the even one
         point = tl.where(stays, steps * scale + 0.0, 0.0)
-        error = tl.div_rn(
-            value - point, tl.broadcast_to(tl.load(upper + j * (width + 1)), value.shape)
-        )
+        error = _over(value - point, upper, width, j)
         tl.store(weights + j * step + own, point, mask=own < rows)
         tl.store(errors + j * rows + own, error, mask=own < rows)
         right = (column > j) & (column < width)

@@ -186,7 +186,7 @@ def _noting(launched: set[str], name: str, launch: Callable[..., Any]) -> Callab
     return noted
 
 
-@pytest.mark.parametrize(("block", "m"), [(160, 4), (100, 8), (1, 16), (256, 256)])
+@pytest.mark.parametrize(("block", "m"), [(160, 4), (100, 8), (1, 16), (256, 256), (40, 10)])
 def test_a_block_that_a_launch_does_not_take_is_parted_or_left_to_torch(
     block: int, m: int, device: torch.device, asked: Callable[[str], None]
 ) -> None:

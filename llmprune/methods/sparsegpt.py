@@ -234,13 +234,13 @@ def _solve(wt: Tensor, kt: Tensor, errors: Tensor, u: Tensor, pattern: Pattern) 
     """
     width, step = len(wt), pattern.m if isinstance(pattern, NM) else 1
     half = width // 2 // step * step
-    by_kernel = step <= sweep.WIDTH and sweep.SWEEP.used(wt.device)
+    by_kernel = step in sweep.GROUPS and sweep.SWEEP.used(wt.device)
     if width > (sweep.WIDTH if by_kernel else LEAF) and half:
         _solve(wt[:half], kt[:half], errors[:half], u[:half, :half], pattern)
         wt[half:].addmm_(u[:half, half:].T, errors[:half], alpha=-1)
         _solve(wt[half:], kt[half:], errors[half:], u[half:, half:], pattern)
         return
-    if by_kernel and sweep.takes(width, step):
+    if by_kernel:
         nm = (pattern.n, pattern.m) if isinstance(pattern, NM) else None
         return sweep.prune_columns(wt, kt, errors, u, nm)
     diagonal = u.diagonal()[:, None]
