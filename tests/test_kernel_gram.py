@@ -163,7 +163,7 @@ def test_compiles_offline_for_tensor_cores_without_spills(
     assert half.names or (arch == 100 and "LDTM" in half.loop), f"no tensor cores: {half.loop}"
     # Triton may leave the rows of a tile as they are in registers and turn them there, which is no detour.
     assert not {"SHFL", "LDL", "STL"} & half.loop.keys(), half.loop
-    assert half.shared <= 100 * 1024, "two programs on a processor of an A100 or H100 do not fit"
+    assert half.shared <= 99 * 1024, "a GPU of sm_89 has 99 KiB for a program"
     assert not wide.names, f"float32 must not become TF32: {wide.names}"
     # FFMA2, of sm_100, is two of them
     one, two = (wide.loop.get(name, 0) for name in ("FFMA", "FFMA2"))
