@@ -2,6 +2,7 @@
 
     python benchmarks/sweep.py --out kernels/measured/h200.json [--seconds 540]     on a machine with CUDA
     python benchmarks/sweep.py --out kernels/measured/h200.json --patterns 4:8 3:8 2:8    what n8_mma holds
+    python benchmarks/sweep.py --out kernels/measured/h200.json --few int8 int4     2:4 in few bits as well
     python benchmarks/sweep.py --merge A.json B.json --out C.json          several runs as one table
 
 Measures as llmprune.kernels.tune does (kernels/tuning.py), shape by shape, without a model; what is measured
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -43,6 +45,7 @@ APART = {  # the same models with q, k, v, gate and up as layers of their own, a
     "Qwen3-4B o": (2560, 4096),
     "Qwen3-4B gate": (9728, 2560),
 }
+GROUPS = {"int8": 0, "int4": 128}  # columns that share a scale, as `--quantize` has it; 0 is all
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -53,7 +56,8 @@ def main() -> None:
         table.write(_merged(args.merge), args.out)
         return
     device, begun = torch.device(args.device), time.monotonic()
-    cases = list(_cases(device, args.patterns, [DTYPES[name] for name in args.dtypes], args.small))
+    dtypes = [DTYPES[name] for name in args.dtypes]
+    cases = list(_cases(device, args.patterns, dtypes, args.small, args.few))
     if args.compile is not None:
         _compile(cases[args.compile :: args.processes], args.tokens)
         return
@@ -80,6 +84,9 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--seconds", type=float, default=540, help="for all of it")
     parser.add_argument("--patterns", nargs="+", default=["2:4"])
+    parser.add_argument(
+        "--few", nargs="*", default=[], choices=list(GROUPS), help="2:4 in these, too"
+    )
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=list(DTYPES))
     parser.add_argument("--tokens", type=int, nargs="+", default=list(tuning.TOKENS))
     parser.add_argument("--processes", type=int, default=min(12, os.cpu_count() or 1))
@@ -90,15 +97,23 @@ def _arguments() -> argparse.Namespace:
 
 
 def _cases(
-    device: torch.device, patterns: list[str], dtypes: list[torch.dtype], small: bool
+    device: torch.device,
+    patterns: list[str],
+    dtypes: list[torch.dtype],
+    small: bool,
+    few: Sequence[str] = (),
 ) -> Iterator[Case]:
-    """A layer of each shape, pattern and dtype."""
+    """A layer of each shape, pattern and dtype, and of 2:4 each of few bits."""
     shapes = {"small": (64, 256)} if small else {**SHAPES, **APART}
     for pattern, dtype in product(patterns, dtypes):
         n, m = map(int, pattern.split(":"))
         for rows, columns in shapes.values():
             kept = rows * columns // m * n
-            yield Case((rows, columns), kept, dtype, device, pattern, "rows", False, 1, False)
+            case = Case((rows, columns), kept, dtype, device, pattern, "rows", False, 1, False)
+            yield case
+            for kind in few if pattern == "2:4" else ():
+                group = GROUPS[kind] or columns
+                yield replace(case, bits=int(kind[3:]), group=group, rounded=dtype)
         for mixture in MIXTURES.values() if pattern == "2:4" and not small else ():
             number, hidden, inside = mixture.experts, mixture.hidden, mixture.intermediate
             for shape in ((2 * inside, hidden), (hidden, inside)):

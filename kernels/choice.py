@@ -12,6 +12,8 @@ from llmprune.kernels.cusparselt import CuSparseLt
 from llmprune.kernels.dense import Dense
 from llmprune.kernels.expand import Expand
 from llmprune.kernels.held import S24_MMA, gemv, n8
+from llmprune.kernels.held_few import DenseFew, ExpandFew
+from llmprune.kernels.held_s24_bits import s24_few, s24_for
 from llmprune.kernels.interface import Case, Kernel, Mixture, Sparse
 from llmprune.kernels.table import counted
 from llmprune.kernels.words import Words
@@ -32,6 +34,8 @@ KERNELS: list[Kernel] = [CuSparseLt(), S24_MMA, DENSE, EXPAND]
 """The preferred first; `expand`, which takes everything, is last. What `FAMILIES` have is before `dense`."""
 FAMILIES: dict[str, Callable[[int, int], Words | None]] = {"n8_mma": n8, "nm_gemv": gemv}
 """Kernels of which there is one for each n:m that they know, or None; the preferred first."""
+FEW: dict[int, list[Kernel]] = {bits: [DenseFew(bits, _slower), ExpandFew(bits)] for bits in (8, 4)}
+"""Of layers of whole numbers: in the place of `dense` and `expand`, behind `s24_mma` of their own."""
 
 _preferred: str | None = None
 
@@ -71,14 +75,17 @@ def find(name: str) -> Kernel:
     Raises:
         ValueError: when there is none.
     """
-    for kernel in KERNELS:
+    every = [*KERNELS, *FEW[8], *FEW[4]]
+    for kernel in every:
         if kernel.name == name:
             return kernel
     if (found := re.fullmatch(r"(\w+) (\d{1,2}):(\d{1,2})", name)) and found[1] in FAMILIES:
         kernel_of = FAMILIES[found[1]](int(found[2]), int(found[3]))
         if kernel_of is not None:
             return kernel_of
-    known = [*(kernel.name for kernel in KERNELS), *(f"{family} n:m" for family in FAMILIES)]
+    if found := re.fullmatch(r"s24_mma int([48])(?:/(32|64|128))?", name):
+        return s24_few(int(found[1]), int(found[2] or 0))
+    known = [*(kernel.name for kernel in every), *(f"{family} n:m" for family in FAMILIES)]
     raise ValueError(f"no kernel {name!r}; known: {', '.join(known)}")
 
 
@@ -116,6 +123,9 @@ def offered(case: Case) -> list[Kernel]:
         for family in FAMILIES.values():
             if (kernel := family(*case.nm)) is not None:
                 kernels.insert(kernels.index(DENSE), kernel)
+    if case.bits is not None:
+        of_values = [k for k in kernels if k not in (DENSE, EXPAND)]
+        kernels = [*of_values, s24_for(case), *FEW[case.bits]]
     first = preferred()
     return sorted(kernels, key=lambda kernel: kernel.name.split()[0] != first)
 
@@ -145,12 +155,17 @@ def choose(case: Case) -> Kernel:
     raise AssertionError("expand takes everything")
 
 
+def expands(kernel: Kernel) -> bool:
+    """Whether a kernel reads the form in which a layer is stored, and so holds no other."""
+    return kernel is EXPAND or isinstance(kernel, ExpandFew)
+
+
 def turns(kernel: Kernel, case: Case) -> bool:
     """Whether `kernel` is given the transpose of what is stored, and is called with `transposed` False.
 
     Kernels for n:m want [out, in]; Conv1D stores [in, out]. `expand` takes what is stored.
     """
-    return case.transposed and case.along_inputs and kernel is not EXPAND
+    return case.transposed and case.along_inputs and not expands(kernel)
 
 
 def explain(layer: Sparse, tokens: int) -> Explanation:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from llmprune.kernels import gpu
-from llmprune.kernels.interface import Case
+from llmprune.kernels.interface import Case, holds_values
 from llmprune.kernels.packed import Packed, select, unpack
 from llmprune.kernels.product import times
 
@@ -24,7 +24,7 @@ class Dense:
 
     def unfit(self, case: Case) -> str | None:
         """Why a layer cannot be held dense, or None."""
-        return "the weights are trained" if case.trains else None
+        return holds_values(case) or ("the weights are trained" if case.trains else None)
 
     def refuses(self, case: Case) -> str | None:
         """See `Kernel.refuses`."""
@@ -32,7 +32,7 @@ class Dense:
             return why
         if not self._slower(case):
             return "no kernel for it was measured slower"
-        return None if _fits(case) else "would leave less than a tenth of the GPU's memory"
+        return None if room_for(case) else "would leave less than a tenth of the GPU's memory"
 
     def route(self, case: Case) -> str:
         """See `Kernel.route`."""
@@ -63,7 +63,7 @@ class Dense:
         return times(x, lambda: layout[0], bias, shape, transposed)
 
 
-def _fits(case: Case) -> bool:
+def room_for(case: Case) -> bool:
     """Whether there is memory for the dense matrix, its bitmap, and a tenth of all for what else there is."""
     if case.device.type != "cuda":
         return True

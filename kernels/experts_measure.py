@@ -72,7 +72,7 @@ class Bench:
         self.device, self.dtype, self.chosen = gpu.whole(case.device), case.dtype, case.each
         self.shape = (case.experts, *case.sides)
         with gpu.plainly(self.device):
-            dense, words = measure._random(S24_MMA, self.device, case.sides, case.dtype)
+            dense, words = measure.random_words(S24_MMA, self.device, case.sides, case.dtype)
             self.dense = dense.expand(self.shape).contiguous()
             self.words = words.expand(case.experts, *words.shape).contiguous()
             given = measure._tried(self._expand)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-
-from llmprune.kernels.packed import Packed
 
 
 @dataclass(frozen=True)
@@ -26,6 +24,11 @@ class Case:
         transposed: whether it is stored [in, out], as GPT-2's Conv1D does, not [out, in].
         tokens: rows of the inputs.
         trains: whether the kept values require a gradient.
+        bits: 8 or 4, of the whole numbers that stand for the values; None where there are values.
+        group: neighbours along `axis` that share a scale; None where there are values.
+        rounded: the dtype that whole numbers times scales are rounded to, before they are brought to
+            `dtype`; None where there are values.
+        unheld: why its kernel was found not to hold what is in it, or None.
     """
 
     shape: tuple[int, int]
@@ -37,6 +40,10 @@ class Case:
     transposed: bool
     tokens: int
     trains: bool
+    bits: int | None = field(default=None, kw_only=True)
+    group: int | None = field(default=None, kw_only=True)
+    rounded: torch.dtype | None = field(default=None, kw_only=True)
+    unheld: str | None = field(default=None, kw_only=True)
 
     @property
     def along_inputs(self) -> bool:
@@ -53,6 +60,15 @@ class Case:
         """The pattern as (n, m), or None for unstructured."""
         n, colon, m = self.pattern.partition(":")
         return (int(n), int(m)) if colon else None
+
+
+class Unheld(ValueError):
+    """A matrix is as it is said to be, and yet a kernel cannot hold what is in it."""
+
+
+def holds_values(case: Case) -> str | None:
+    """Why a kernel of values refuses a layer, or None."""
+    return None if case.bits is None else f"holds values, and these weights are int{case.bits}"
 
 
 class Kernel(Protocol):
@@ -82,16 +98,18 @@ class Kernel(Protocol):
     def route(self, case: Case) -> str:
         """What `matmul` does for `case.tokens`, in a few words."""
 
-    def prepare(self, packed: Packed) -> list[Tensor]:
+    def prepare(self, packed: Any) -> list[Tensor]:
         """The matrix in the layout that `matmul` reads, on the device where it is.
 
-        The first tensor is of the dtype of the weights, if need be an empty one that says so.
+        It is a `Packed`; of a layer whose case has `bits`, a `FewBits`. The first tensor is of the dtype of
+        the weights, if need be an empty one that says so.
 
         Raises:
             ValueError: for a matrix that `refuses` would have refused.
+            Unheld: for one whose contents it does not take, which only looking at them shows.
         """
 
-    def packed(self, layout: Sequence[Tensor], shape: Sequence[int]) -> Packed:
+    def packed(self, layout: Sequence[Tensor], shape: Sequence[int]) -> Any:
         """The inverse of `prepare`, bit for bit: what a state_dict holds. The host may wait for it."""
 
     def expanded(self, layout: Sequence[Tensor], shape: Sequence[int]) -> Tensor:

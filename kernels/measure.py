@@ -136,7 +136,7 @@ class Bench:
         """
         self.kernel, self.device, self.sides, self.dtype = kernel, device, sides, dtype
         with gpu.plainly(device):
-            dense, words = _random(kernel, device, sides, dtype)
+            dense, words = kernel.sample(device, sides, dtype)
             given = _tried(lambda: kernel.dense(words, sides, dtype, False))
             if not torch.equal(given, dense):
                 raise Unusable("its layout does not expand to what was laid out")
@@ -215,7 +215,7 @@ def _checked(way: Way, expected: Tensor) -> Way:
     return way
 
 
-def _random(
+def random_words(
     kernel: Words, device: torch.device, sides: tuple[int, int], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Dense [out, in] and its words: a block of rows, over and over."""

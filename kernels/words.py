@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llmprune.kernels import gpu, measure, table
 from llmprune.kernels.expanding import how
-from llmprune.kernels.interface import Case
+from llmprune.kernels.interface import Case, holds_values
 from llmprune.kernels.packed import Packed, pack, select, unpack_bits
 from llmprune.kernels.product import times
 from llmprune.kernels.slots import row_blocks
@@ -70,6 +70,16 @@ class Words(ABC):
     def splits(self, sides: tuple[int, int], warps: int) -> list[int]:
         """In how many parts it may be worth to split the columns of a matrix (out, in), 1 first."""
 
+    def how(self, device: torch.device) -> str:
+        """By what `dense` expands there, for people."""
+        return how(device)
+
+    def sample(
+        self, device: torch.device, sides: tuple[int, int], dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """A random matrix (out, in) to be measured: dense, and its words."""
+        return measure.random_words(self, device, sides, dtype)
+
     def launches(self, device: torch.device) -> bool:
         """Whether `product` can run on tensors that lie there."""
         return gpu.launches(device)
@@ -80,6 +90,8 @@ class Words(ABC):
 
     def static(self, case: Case) -> str | None:
         """Why it cannot be used whatever the GPU, or None."""
+        if (why := holds_values(case)) is not None:
+            return why
         if case.trains:
             return "the weights are trained"
         if case.device.type != "cuda":
@@ -161,7 +173,7 @@ class Words(ABC):
         """See `Kernel.route`."""
         matrix = self.matrix(gpu.whole(case.device), case.sides, case.dtype)
         timing = self.timing(matrix, case.tokens)
-        by = f"expanded into scratch memory {how(case.device)}, then by cuBLAS"
+        by = f"expanded into scratch memory {self.how(case.device)}, then by cuBLAS"
         if self.launch(matrix, case.tokens) is not None:
             many = case.tokens > self.tokens
             by = f"by the kernel, {self.tokens} at a time" if many else "by the kernel"
@@ -178,7 +190,7 @@ class Words(ABC):
         Raises:
             ValueError: where a group keeps more than n, or for another dtype or shape than the kernel takes.
         """
-        full, words = self._all_full(packed), self.lay(packed)
+        full, words = self._all_full(packed.bitmap, packed.shape), self.lay(packed)
         if bool((packed.values.detach().view(torch.int16) != 0).all()):
             return [packed.values.new_empty(0), words]
         if full:
@@ -218,9 +230,9 @@ class Words(ABC):
                 return self.pieces(x, layout[1], bias, (rows, columns), *launch)
         return times(x, lambda: self.expanded(layout, shape), bias, shape, transposed)
 
-    def _all_full(self, packed: Packed) -> bool:
+    def _all_full(self, bitmap: Tensor, shape: Sequence[int]) -> bool:
         """Whether each group keeps n."""
-        rows, columns = packed.shape
+        rows, columns = shape
         if columns % self.m:
             raise ValueError(
                 f"{self.n}:{self.m} needs rows of a multiple of {self.m} weights, got {columns}"
@@ -228,7 +240,7 @@ class Words(ABC):
         least = most = self.n
         blocks = row_blocks(rows, columns, 1)
         for row in blocks:
-            bits = unpack_bits(packed.bitmap[row : row + blocks.step], columns)
+            bits = unpack_bits(bitmap[row : row + blocks.step], columns)
             kept = bits.reshape(-1, self.m).sum(1, dtype=torch.uint8)
             least, most = min(least, int(kept.min())), max(most, int(kept.max()))
         if most > self.n:

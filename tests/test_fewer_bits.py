@@ -29,6 +29,7 @@ from llmprune.checkpoint.files import find
 from llmprune.checkpoint.inspect import inspect
 from llmprune.cli import main
 from llmprune.errors import CheckpointError
+from llmprune.runtime.seats import few_weights
 
 TOP = {4: 7, 8: 127}
 IDS = torch.arange(12).reshape(1, 12)
@@ -270,7 +271,7 @@ def test_models_are_the_dense_one(pair: tuple[Path, Path], way: str) -> None:
     want = LOADS[way](there) if there else AutoModelForCausalLM.from_pretrained(dense)
     model = LOADS[way](packed)
     holds_packed = way in ("transformers", "in float16", "load")
-    assert bool(llmprune.runtime.seats.packed_weights(model)) == holds_packed
+    assert bool(few_weights(model)) == holds_packed
     if holds_packed:
         llmprune.densify(model)
     left, right = want.state_dict(), model.state_dict()
@@ -278,8 +279,12 @@ def test_models_are_the_dense_one(pair: tuple[Path, Path], way: str) -> None:
     assert [k for k in left if not equal(left[k], right[k])] == []
 
 
-def test_what_transformers_saves_has_values(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(pair[1])
+@pytest.mark.filterwarnings("ignore:.*loading attributes")
+def test_what_transformers_saves_of_values_has_values(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    config = llmprune.SparseConfig(few_bits=False)
+    model = AutoModelForCausalLM.from_pretrained(pair[1], quantization_config=config)
     model.save_pretrained(tmp_path / "saved")
     config = json.loads((tmp_path / "saved/config.json").read_text())
     assert config["quantization_config"]["format_version"] == 1

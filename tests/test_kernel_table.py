@@ -516,13 +516,13 @@ def test_copies_fill_the_cache_as_far_as_there_is_memory(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("kernel", [gemv(4, 8), S24_MMA], ids=lambda k: k.name)
-def test_a_random_matrix_is_laid_out_as_it_is(
+def test_a_random_words_is_laid_out_as_it_is(
     kernel: words.Words, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In blocks of rows that are repeated, also where rows are left over."""
     monkeypatch.setattr(measure, "_BLOCK", 64 * 64)
     for rows in (1, 32, 33, 64, 150):
-        weight, laid = measure._random(kernel, CPU, (rows, 64), torch.float16)
+        weight, laid = measure.random_words(kernel, CPU, (rows, 64), torch.float16)
         assert weight.shape == (rows, 64)
         assert laid.shape == kernel.lay(pack(weight)).shape
         assert torch.equal(kernel.dense(laid, (rows, 64), torch.float16, False), weight)
@@ -532,8 +532,8 @@ def test_a_random_matrix_is_laid_out_as_it_is(
 def test_dense_needs_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "free", lambda device: (1000, 2000))
     small = replace(CASE, shape=(10, 32))
-    assert dense._fits(small)
-    assert not dense._fits(replace(CASE, shape=(12, 32)))
+    assert dense.room_for(small)
+    assert not dense.room_for(replace(CASE, shape=(12, 32)))
 
 
 @pytest.mark.gpu

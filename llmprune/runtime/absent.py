@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from llmprune.kernels.choice import find
+from llmprune.kernels.few_bits import FewBits
+from llmprune.kernels.held_few import transposed_few
 from llmprune.kernels.packed import Packed, pack, unpack, unpack_bits
 
 SWITCHING = threading.RLock()  # one form gives place to the other, whichever thread asks
@@ -41,22 +43,35 @@ class LaidOut:
         self.layout: list[Tensor] | None = layout
         self._parts: list[Callable[[], Tensor | None]] = []
 
-    def packed(self) -> Packed:
+    def packed(self) -> Packed | FewBits:
         """The stored form, in new memory."""
         assert self.layout is not None
-        found = find(self.kernel).packed(self.layout, self.shape)
+        found: Packed | FewBits = find(self.kernel).packed(self.layout, self.shape)
         return turned_around(found) if self.turned else found
 
     def stand_in(self, values: nn.Parameter, bitmap: Tensor) -> Tensor:
         """Have `values` hold nothing, and give a bitmap like `bitmap` that holds nothing."""
-        absent = bitmap.new_zeros(()).expand_as(bitmap).as_subclass(AbsentBitmap)
-        with torch.inference_mode(values.is_inference()):
-            empty = torch.full((), torch.nan, dtype=values.dtype, device=values.device)
-            values.data = empty.expand_as(values)  # and not zeros: should it ever be read, it shows
-        values.__class__ = AbsentValues
-        stand_ins: tuple[Any, ...] = values, absent
-        for part in stand_ins:
-            part.laid = self
+        return self.stand_ins(values, "values", {"bitmap": bitmap})["bitmap"]
+
+    def stand_ins(
+        self, parameter: nn.Parameter, name: str, buffers: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The same of any parts of the stored form, which has them under these names."""
+        absent: dict[str, Any] = {
+            other: buffer.new_zeros(()).expand_as(buffer).as_subclass(AbsentBitmap)
+            for other, buffer in buffers.items()
+        }
+        with torch.inference_mode(parameter.is_inference()):
+            # and not zeros: should it ever be read, it shows
+            floats = parameter.is_floating_point()
+            nothing = torch.nan if floats else torch.iinfo(parameter.dtype).max
+            empty = torch.full((), nothing, dtype=parameter.dtype, device=parameter.device)
+            parameter.data = empty.expand_as(parameter)
+        whole: Any = parameter
+        former, whole.__class__ = type(parameter), AbsentValues
+        whole.former = former
+        for called, part in {name: whole, **absent}.items():
+            part.laid, part.part = self, called
             self._parts.append(weakref.ref(part))
         return absent
 
@@ -67,10 +82,10 @@ class LaidOut:
                 return
             with plainly(self.layout[0].device):
                 packed = self.packed()
-                wait_for(packed.values.device)
+                wait_for(packed.bitmap.device)
                 for part in (asked, *(found() for found in self._parts)):
                     if isinstance(part, Absent):
-                        part.become(packed)
+                        part.become(getattr(packed, part.part))
             self.layout = None
 
 
@@ -78,8 +93,9 @@ class Absent:
     """What stands for a part of a matrix that is laid out, and becomes it when it is needed."""
 
     laid: LaidOut
+    part: str
 
-    def become(self, packed: Packed) -> None:
+    def become(self, part: Tensor) -> None:
         """Hold what is to be held; an ordinary tensor again."""
         raise NotImplementedError
 
@@ -111,25 +127,28 @@ class Absent:
 
 
 class AbsentValues(Absent, nn.Parameter):
-    """The values of a matrix that is laid out."""
+    """The values of a matrix that is laid out, or its whole numbers."""
 
-    def become(self, packed: Packed) -> None:
+    former: type[nn.Parameter]
+
+    def become(self, part: Tensor) -> None:
         """See `Absent.become`."""
-        del self.laid
-        self.__class__ = nn.Parameter  # type: ignore[assignment]
+        former = self.former
+        del self.laid, self.part, self.former
+        self.__class__ = former  # type: ignore[assignment]
         inference = self.is_inference()
         with torch.inference_mode(inference):  # a tensor made there can hold no other
-            self.data = packed.values.clone() if inference else packed.values
+            self.data = part.clone() if inference else part
 
 
 class AbsentBitmap(Absent, Tensor):
-    """The bitmap of a matrix that is laid out."""
+    """The bitmap of a matrix that is laid out, or its scales."""
 
-    def become(self, packed: Packed) -> None:
+    def become(self, part: Tensor) -> None:
         """See `Absent.become`."""
-        del self.laid
+        del self.laid, self.part
         self.__class__ = Tensor  # type: ignore[assignment]
-        self.data = packed.bitmap
+        self.data = part
 
 
 # What is answered without values, by name of the property or function: it follows from dtype, shape, device.
@@ -170,10 +189,12 @@ def _absent(found: Any) -> Iterator[Absent]:
             yield from _absent(one)
 
 
-def turned_around(packed: Packed) -> Packed:
+def turned_around(form: Packed | FewBits) -> Packed | FewBits:
     """The transpose."""
-    bits = unpack_bits(packed.bitmap, packed.shape[-1])
-    return pack(unpack(packed).T.contiguous(), bits.T.contiguous())
+    if isinstance(form, FewBits):
+        return transposed_few(form)
+    bits = unpack_bits(form.bitmap, form.shape[-1])
+    return pack(unpack(form).T.contiguous(), bits.T.contiguous())
 
 
 def wait_for(device: torch.device) -> None:

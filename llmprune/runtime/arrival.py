@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmprune.checkpoint.headers import Headers
+from llmprune.checkpoint.sparse import SCALES
 from llmprune.errors import CheckpointError, ModelError
 from llmprune.runtime.routes import GUARD, Routes, find_routes
-from llmprune.runtime.seats import hold_pattern, packed_weights, take_seats
+from llmprune.runtime.seats import few_weights, hold_pattern, packed_weights, take_seats
 from llmprune.runtime.unpacking import Names, Unpacking, transforms
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Arrival:
         transforms: Sequence[Any],
         headers: Headers,
         keep: bool,
+        few_bits: bool,
         dtype: torch.dtype | None,
     ) -> Arrival:
         """Put modules that hold packed weights into `model`, and find the way of every tensor.
@@ -47,16 +49,22 @@ class Arrival:
             transforms: those that transformers will apply to the files' tensors.
             headers: what the files hold.
             keep: whether what can stay packed does.
+            few_bits: whether what can stay in few bits does.
             dtype: that the model is loaded in.
 
         Raises:
             CheckpointError: for a matrix whose shape is another than the model's.
         """
-        routes = find_routes(model, transforms, headers, keep)
+        routes = find_routes(model, transforms, headers, keep, few_bits)
         take_seats(model, routes.seats)
         known = set(model._keys_to_ignore_on_load_unexpected or ())
         model._keys_to_ignore_on_load_unexpected = known | {rf"{re.escape(GUARD)}$"}
-        return cls(routes, _expected(model, model._get_dtype_plan(dtype or model.dtype)))
+        plan = model._get_dtype_plan(dtype or model.dtype)
+        expected = _expected(model, plan)
+        for name, layer in few_weights(model).items():
+            layer.dtype = _planned(plan, name, layer.dtype)
+            expected[name + SCALES] = layer.weight_scales.dtype, layer.weight_scales.shape
+        return cls(routes, expected)
 
     def may_vary(self, name: str) -> bool:
         """Whether a tensor may have another shape than the model has room for.
@@ -94,6 +102,8 @@ class Arrival:
             held.values.requires_grad_(False)  # trained only when asked for
         for name, pattern in self.routes.patterns.items():
             hold_pattern(model, name, pattern)
+        for layer in few_weights(model).values():
+            layer.settle()
         used = model._weight_conversions or ()
         return [t for t in used if not isinstance(t, Names | Unpacking)]
 
@@ -103,6 +113,11 @@ def _expected(
 ) -> dict[str, tuple[torch.dtype, torch.Size]]:
     expected = {}
     for name, tensor in model.state_dict().items():
-        special = (dtype for pattern, dtype in plan.items() if re.search(pattern, name))
-        expected[name] = next(special, tensor.dtype), tensor.shape
+        expected[name] = _planned(plan, name, tensor.dtype), tensor.shape
     return expected
+
+
+def _planned(plan: Mapping[str, torch.dtype], name: str, dtype: torch.dtype) -> torch.dtype:
+    """What a tensor of `dtype` is to be."""
+    special = (planned for pattern, planned in plan.items() if re.search(pattern, name))
+    return next(special, dtype)

@@ -1,4 +1,4 @@
-"""Whether values and a bitmap fit each other, asked before a module holds them."""
+"""Whether the parts of a packed matrix fit each other, asked before a module holds them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from llmprune.checkpoint.whole import flaw
 from llmprune.errors import CheckpointError
+from llmprune.kernels.few_bits import FewBits, check_few, numbers_of
 from llmprune.kernels.packed import Packed, bitmap_shape, count, unpack_bits
 
 
@@ -68,3 +70,26 @@ def check_packed(packed: Packed) -> None:
     left = packed.shape[-1] % 8
     if left and bool((bitmap[..., -1] >> left).any()):
         raise CheckpointError("a bitmap has bits behind the last column")
+
+
+def check_few_bits(few: FewBits, kept: int) -> None:
+    """Refuse whole numbers, scales and a bitmap that do not fit each other, or that no writer writes.
+
+    Raises:
+        CheckpointError: saying what does not fit.
+    """
+    try:
+        check_few(few)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+    if len(few.whole) != (kept if few.bits == 8 else -(-kept // 2)):
+        raise CheckpointError(f"{len(few.whole)} bytes of whole numbers are not those of {kept}")
+    if few.whole.is_meta:
+        return
+    like = torch.zeros((), device=few.bitmap.device).expand(kept)  # of that length, and no memory
+    check_packed(Packed(like, few.bitmap, few.shape))
+    numbers = numbers_of(few)
+    if bool(numbers[kept:].any()):
+        raise CheckpointError("half a byte behind the last whole number is not 0")
+    if why := flaw(numbers[:kept], few.scales, few.bits):
+        raise CheckpointError(why)

@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from llmprune.errors import CheckpointError, ModelError
-from llmprune.kernels.choice import EXPAND, choose, turns
+from llmprune.kernels.choice import choose, expands, turns
+from llmprune.kernels.few_bits import FewBits
+from llmprune.kernels.interface import Unheld
 from llmprune.kernels.packed import Packed
 from llmprune.kernels.table import tell
 from llmprune.runtime.absent import (
@@ -45,17 +47,20 @@ def held(layer: SparseLinear) -> LaidOut | None:
     laid = layer._laid
     if laid is None:
         return None
-    values, bitmap = _parts(layer)
-    ours = isinstance(values, AbsentValues) and isinstance(bitmap, AbsentBitmap)
+    parameter, *buffers = _parts(layer)
+    ours = isinstance(parameter, AbsentValues) and all(
+        isinstance(buffer, AbsentBitmap) for buffer in buffers
+    )
     if laid.layout is not None and ours:
         return laid
     bring_back(layer)  # somebody has put another tensor in the place of one of them
     return None
 
 
-def _parts(layer: SparseLinear) -> tuple[Tensor | None, Tensor | None]:
-    """The parameter and the buffer; a replica of nn.DataParallel has neither, but plain attributes."""
-    return layer._parameters.get("weight_values"), layer._buffers.get("weight_bitmap")
+def _parts(layer: SparseLinear) -> list[Tensor | None]:
+    """The parameter and the buffers; a replica of nn.DataParallel has none, but plain attributes."""
+    parameter, *buffers = layer.PARTS
+    return [layer._parameters.get(parameter), *(layer._buffers.get(name) for name in buffers)]
 
 
 def bring_back(layer: SparseLinear) -> None:
@@ -79,7 +84,7 @@ def lay_out(layer: SparseLinear) -> LaidOut | None:
     with SWITCHING:
         if (laid := held(layer)) is not None or not _may_be_laid_out(layer):
             return laid
-        place = layer.weight_values.dtype, layer.weight_values.device
+        place = layer.place
         if layer._expands == place:
             return None  # as was chosen before: to choose takes longer than a forward has
         with plainly(place[1]):
@@ -88,8 +93,11 @@ def lay_out(layer: SparseLinear) -> LaidOut | None:
                 return None
             # other streams may read it from now on, and nobody reads what it replaces
             wait_for(place[1])
-            bitmap = laid.stand_in(layer.weight_values, layer.weight_bitmap)
-            layer._buffers["weight_bitmap"], layer._laid = bitmap, laid
+            parameter, *buffers = (getattr(layer, name) for name in layer.PARTS)
+            first, *names = (name.removeprefix("weight_") for name in layer.PARTS)
+            absent = laid.stand_ins(parameter, first, dict(zip(names, buffers, strict=True)))
+            layer._buffers.update({f"weight_{name}": part for name, part in absent.items()})
+            layer._laid = laid
             return laid
 
 
@@ -97,16 +105,18 @@ def _made(layer: SparseLinear) -> LaidOut | None:
     """The layout for the kernel of a layer, or None if that reads the stored form."""
     case = layer.case(1)
     kernel = choose(case)
-    if kernel.name == EXPAND.name:
+    if expands(kernel):
         return None
     turned = turns(kernel, case)
-    own = (layer.weight_values.detach(), layer.weight_bitmap)
+    own = [getattr(layer, name).detach() for name in layer.PARTS]
     # of what was loaded in inference mode, nothing but a copy may be looked at outside of it
-    values, bitmap = (part.clone() if part.is_inference() else part for part in own)
-    packed = Packed(values, bitmap, layer.shape)
-    seen = turned_around(packed) if turned else packed
+    form = layer.formed([part.clone() if part.is_inference() else part for part in own])
+    seen = turned_around(form) if turned else form
     try:
         layout = kernel.prepare(seen)
+    except Unheld as error:
+        layer.unheld = str(error)
+        return _made(layer)  # for the next kernel
     except ValueError as error:
         raise CheckpointError(
             f"a matrix {list(layer.shape)} is said to hold {layer.pattern}, but: {error}; get the "
@@ -129,13 +139,16 @@ def _may_be_laid_out(layer: SparseLinear) -> bool:
     return may_give_way(layer, *_parts(layer))
 
 
-def may_give_way(module: nn.Module, values: Tensor | None, bitmap: Tensor | None) -> bool:
+def may_give_way(module: nn.Module, parameter: Tensor | None, *buffers: Tensor | None) -> bool:
     """Whether stand-ins may take the place of a packed parameter of a module just now."""
-    if type(values) is not nn.Parameter or type(bitmap) is not Tensor:
+    from llmprune.runtime.few_bits import WholeNumbers
+
+    ours = type(parameter) in (nn.Parameter, WholeNumbers)
+    if parameter is None or not ours or any(type(buffer) is not Tensor for buffer in buffers):
         return False  # of a library that has put something of its own there
-    if values.requires_grad or values.is_meta or bitmap.is_meta:
+    if parameter.requires_grad or any(p is None or p.is_meta for p in (parameter, *buffers)):
         return False
-    if values.is_cuda and torch.cuda.is_current_stream_capturing():
+    if parameter.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
     if getattr(DistributedDataParallel, "_active_ddp_module", None) is not None:
         return False  # it writes to all buffers before its next forward
@@ -174,7 +187,7 @@ def prepare(model: nn.Module) -> dict[str, int]:
                 bring_back(layer)
             layer._expands = None
             laid = lay_out(layer)
-            kernels[EXPAND.name if laid is None else laid.kernel] += 1
+            kernels[layer.expander if laid is None else laid.kernel] += 1
         elif isinstance(layer, PackedModule):
             kernels.update(laid_experts.prepare(layer))
     return dict(kernels)
@@ -188,7 +201,7 @@ def tell_expanded(model: nn.Module) -> None:
 
     held_by_none, all_of_them = 0, 0
     for module in model.modules():
-        if isinstance(module, SparseLinear) and _on_gpu(module.weight_values):
+        if isinstance(module, SparseLinear) and _on_gpu(getattr(module, module.PARTS[0])):
             all_of_them += 1
             held_by_none += held(module) is None
         elif isinstance(module, PackedModule):
@@ -207,34 +220,41 @@ def _on_gpu(tensor: Tensor) -> bool:
     return tensor.is_cuda
 
 
-def packed(layer: SparseLinear) -> Packed:
+def form(layer: SparseLinear) -> Packed | FewBits:
     """The stored form of a layer: its own memory, or new memory where it holds a layout."""
     with SWITCHING:
         laid = held(layer)
         if laid is None:
-            values, bitmap = stored(layer)
-            return Packed(values, bitmap, layer.shape)
-        with plainly(layer.weight_values.device):
+            return layer.formed(stored(layer))
+        with plainly(layer.place[1]):
             return laid.packed()
 
 
 def stored(layer: SparseLinear) -> list[Tensor]:
-    """Values and bitmap of a layer that holds them.
+    """The parts of a layer that holds the stored form, in the order of `SparseLinear.PARTS`.
 
-    Values that are not trained come as a tensor of their own, which stays what it is when the parameter
-    gives up its memory before a backward has read them.
+    A parameter that is not trained comes as a tensor of its own, which stays what it is when the parameter
+    gives up its memory before a backward has read it.
     """
     with SWITCHING:
         bring_back(layer)
-        values = layer.weight_values
-        return [values if values.requires_grad else values.detach(), layer.weight_bitmap]
+        parameter, *buffers = (getattr(layer, name) for name in layer.PARTS)
+        return [parameter if parameter.requires_grad else parameter.detach(), *buffers]
 
 
-def equal(one: Packed, other: Packed) -> bool:
+def equal(one: Packed | FewBits, other: Packed | FewBits) -> bool:
     """Bit for bit."""
-    width = {2: torch.int16, 4: torch.int32, 8: torch.int64}[other.values.element_size()]
-    return (
-        one.values.dtype == other.values.dtype
-        and torch.equal(one.bitmap, other.bitmap)
-        and torch.equal(one.values.view(width), other.values.view(width))
-    )
+    if type(one) is not type(other):
+        return False
+    names = ("whole", "scales", "bitmap") if isinstance(one, FewBits) else ("values", "bitmap")
+    parts = [(getattr(one, name), getattr(other, name)) for name in names]
+    if isinstance(one, FewBits):  # what its tensors do not say
+        told = [(f.bits, f.group, f.dtype, f.axis) for f in (one, other) if isinstance(f, FewBits)]
+        if told[0] != told[1]:
+            return False
+    return all(a.dtype == b.dtype and torch.equal(_bits(a), _bits(b)) for a, b in parts)
+
+
+def _bits(part: Tensor) -> Tensor:
+    """The weights as bytes."""
+    return part.contiguous().flatten().view(torch.uint8)

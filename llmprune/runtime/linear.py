@@ -12,14 +12,16 @@ from torch import Tensor, nn
 from llmprune.checkpoint.census import Axis
 from llmprune.errors import CheckpointError, ConfigError
 from llmprune.kernels.choice import EXPAND
+from llmprune.kernels.few_bits import FewBits
 from llmprune.kernels.interface import Case
-from llmprune.kernels.packed import Packed, bitmap_shape, pack, packed_bytes, unpack_bits
+from llmprune.kernels.packed import Packed, bitmap_shape, packed_bytes, unpack_bits
 from llmprune.kernels.sparse_linear import expanded, expanded_layout, sparse_linear
 from llmprune.runtime import laid_out
 from llmprune.runtime.absent import LaidOut
 from llmprune.runtime.expanded import Expanded
 from llmprune.runtime.fit import check_packed, take_packed
-from llmprune.runtime.patterns import UNSTRUCTURED, check_pattern, tightest
+from llmprune.runtime.packing import dense_linear, pack_linear
+from llmprune.runtime.patterns import UNSTRUCTURED
 
 
 class SparseLinear(nn.Linear):
@@ -49,9 +51,11 @@ class SparseLinear(nn.Linear):
 
     # transformers initialises what a checkpoint lacks, unless it is marked; here nothing is random
     _is_hf_initialized: ClassVar[bool] = True
+    PARTS: ClassVar[tuple[str, ...]] = ("weight_values", "weight_bitmap")
 
     weight_values: nn.Parameter
     weight_bitmap: Tensor
+    unheld: str | None = None  # why a kernel for it was found not to hold what is in it
     _laid: LaidOut | None
     _expands: tuple[torch.dtype, torch.device] | None  # where `expand` was chosen for it
 
@@ -118,26 +122,9 @@ class SparseLinear(nn.Linear):
             ConfigError: for another module or dtype, a weight outside `keep` that is not zero, or a
                 pattern that does not hold.
         """
-        transposed = type(linear).__name__ == "Conv1D"
-        if not (transposed or isinstance(linear, nn.Linear)) or isinstance(linear, cls):
+        if isinstance(linear, cls):
             raise ConfigError(f"cannot pack {type(linear).__name__}; give an nn.Linear or a Conv1D")
-        weight = linear.weight
-        assert isinstance(weight, Tensor)
-        keep = keep.T if keep is not None and transposed else keep
-        if keep is not None and (keep.dtype != torch.bool or keep.shape != weight.shape):
-            raise ConfigError(
-                f"a mask is {keep.dtype} {list(keep.shape)} for weights {list(weight.shape)}; give "
-                "bool [out, in]"
-            )
-        try:
-            packed = pack(weight, keep)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
-        bits = unpack_bits(packed.bitmap, packed.shape[-1])
-        axes: tuple[Axis, ...] = ("columns", "rows") if transposed else ("rows", "columns")
-        held, axis = tightest(bits, axes) if pattern is None else check_pattern(bits, pattern, axes)
-        bias = linear.bias
-        assert bias is None or isinstance(bias, nn.Parameter)
+        packed, bias, held, axis, transposed = pack_linear(linear, keep, pattern)
         layer = cls.from_packed(packed, bias, held, axis, transposed)
         return layer.train(linear.training)
 
@@ -145,19 +132,7 @@ class SparseLinear(nn.Linear):
         """The nn.Linear or Conv1D with the same weights, bit for bit, that shares the bias."""
         with torch.no_grad():
             dense = self.expanded()
-        linear: Any
-        if self.transposed:
-            from transformers.pytorch_utils import Conv1D
-
-            linear = Conv1D(0, 0)
-            linear.nf, linear.nx = self.out_features, self.in_features
-        else:
-            features = self.in_features, self.out_features
-            linear = nn.Linear(*features, bias=False, device="meta")
-        linear.weight = nn.Parameter(dense)
-        linear.bias = self.bias
-        made: nn.Module = linear.train(self.training)
-        return made
+        return dense_linear(dense, self.bias, self.transposed).train(self.training)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -168,7 +143,30 @@ class SparseLinear(nn.Linear):
     @property
     def packed(self) -> Packed:
         """Values and bitmap: the layer's own, or in new memory where it holds them in a kernel's layout."""
-        return laid_out.packed(self)
+        form = laid_out.form(self)
+        assert isinstance(form, Packed)
+        return form
+
+    @property
+    def bytes(self) -> int:
+        """What the weights take in their stored form."""
+        values = self.weight_values
+        return packed_bytes(self.shape, values.numel(), values.element_size())
+
+    @property
+    def expander(self) -> str:
+        """The kernel that reads the stored form."""
+        return EXPAND.name
+
+    @property
+    def place(self) -> tuple[torch.dtype, torch.device]:
+        """The dtype that it computes in, and the device where it is."""
+        return self.weight_values.dtype, self.weight_values.device
+
+    def formed(self, parts: list[Tensor]) -> Packed | FewBits:
+        """The matrix that these parts are, in the order of `PARTS`."""
+        values, bitmap = parts
+        return Packed(values, bitmap, self.shape)
 
     @property
     def kernel(self) -> str | None:
@@ -193,6 +191,10 @@ class SparseLinear(nn.Linear):
         if laid is not None and (layout := laid.layout) is not None:
             dense = expanded_layout(layout, laid.kernel, laid.shape)
             return dense.T.contiguous() if laid.turned else dense
+        return self.expanded_stored()
+
+    def expanded_stored(self) -> Tensor:
+        """The same of a layer that holds no layout."""
         values, bitmap = self._stored()
         return expanded(values, bitmap, self.shape)
 
@@ -230,7 +232,7 @@ class SparseLinear(nn.Linear):
         laid = self._laid if torch.compiler.is_compiling() else self._at_hand()
         if laid is not None and (layout := laid.layout) is not None:
             return sparse_linear(input, layout, self.bias, laid.kernel, laid.shape, laid.transposed)
-        kernel = EXPAND.name
+        kernel = self.expander
         return sparse_linear(input, self._stored(), self.bias, kernel, self.shape, self.transposed)
 
     def _at_hand(self) -> LaidOut | None:
@@ -263,22 +265,24 @@ class SparseLinear(nn.Linear):
         weights = self.in_features * self.out_features
         kept = 100 * self.weight_values.numel() / max(1, weights)
         stored = ", stored [in, out]" if self.transposed else ""
-        values = self.weight_values
-        bytes = packed_bytes(self.shape, values.numel(), values.element_size())
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, {self.pattern}{stored}, {kept:.1f}% kept, "
-            f"{bytes:,} bytes"
+            f"{self.bytes:,} bytes"
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
         """As any module; then the weights lie as a kernel of their new device reads them."""
         laid_out.bring_back(self)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.move(fn, recurse)
         self._expands = None
         with suppress(CheckpointError):  # `to_empty` makes room for what is still to come
             laid_out.lay_out(self)  # and a forward would raise it
         return self
+
+    def move(self, fn: Callable[[Tensor], Tensor], recurse: bool) -> None:
+        """What `fn` makes of all tensors, in the stored form."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> dict[str, Any]:
         laid_out.bring_back(self)

@@ -17,8 +17,8 @@ from llmprune.checkpoint.expanded import assemble
 from llmprune.checkpoint.files import find
 from llmprune.checkpoint.headers import Headers
 from llmprune.checkpoint.quiet import quiet
-from llmprune.checkpoint.sparse import BITMAP, VALUES, Spec
-from llmprune.checkpoint.stored import read
+from llmprune.checkpoint.sparse import BITMAP, SCALES, VALUES, WHOLE, Spec
+from llmprune.checkpoint.stored import DTYPES, read
 from llmprune.checkpoint.tensors import Later, Stored
 from llmprune.checkpoint.unpack import Unpacker
 from llmprune.errors import CheckpointError, ConfigError, LLMPruneError, ModelError, nearest, short
@@ -40,6 +40,7 @@ def load(
     device: str | torch.device = "auto",
     *,
     sparse: bool = True,
+    few_bits: bool = True,
     dtype: str | torch.dtype = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -56,6 +57,7 @@ def load(
         model: folder, Hub id, or `demo`.
         device: torch device; `auto` is CUDA where there is one, else the CPU.
         sparse: whether packed matrices stay packed; else each is expanded as it is read.
+        few_bits: whether packed whole numbers stay so; else they get values, which can be trained.
         dtype: `float32`, `bfloat16` or `float16`, or as of torch; `auto` is the checkpoint's own.
         revision: branch, tag or commit on the Hub.
         trust_remote_code: whether code from the checkpoint may run.
@@ -73,15 +75,9 @@ def load(
     keep = sparse and source.packed
     device_map = {"": str(where)} if where.type != "cpu" else None
     with quiet(), Bar(len(stored), "loading", unit="tensor", enabled=progress) as bar:
-        loaded = _assembled(
-            source,
-            stored,
-            _state(stored, keep, bar),
-            wanted,
-            device_map,
-            attention,
-            _quantization(stored) if keep else None,
-        )
+        state = _state(stored, keep, few_bits, bar)
+        config = _quantization(stored, few_bits) if keep else None
+        loaded = _assembled(source, stored, state, wanted, device_map, attention, config)
     trim()
     return loaded
 
@@ -112,19 +108,19 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     return loading.DTYPES.get(dtype) if isinstance(dtype, str) else dtype
 
 
-def _quantization(stored: dict[str, Stored]) -> Any:
+def _quantization(stored: dict[str, Stored], few_bits: bool) -> Any:
     """What tells transformers of our quantizer, and it of the files."""
     from llmprune.runtime.quantizer import SparseConfig
 
-    config = SparseConfig()
-    specs = {name: s.packed.spec for name, s in stored.items() if s.packed is not None}
-    # whole numbers become values while they are read
-    packed = {name: replace(spec, bits=None, group=None) for name, spec in specs.items()}
+    config = SparseConfig(few_bits=few_bits)
+    packed = {name: s.packed.spec for name, s in stored.items() if s.packed is not None}
+    if not few_bits:  # whole numbers become values while they are read
+        packed = {name: replace(spec, bits=None, group=None) for name, spec in packed.items()}
     config.headers = Headers(packed, frozenset(stored.keys() - packed.keys()))
     return config
 
 
-def _state(stored: dict[str, Stored], keep: bool, bar: Bar) -> dict[str, Later]:
+def _state(stored: dict[str, Stored], keep: bool, few_bits: bool, bar: Bar) -> dict[str, Later]:
     """What transformers takes tensors from, by key in the files."""
     counted = count()
 
@@ -140,6 +136,13 @@ def _state(stored: dict[str, Stored], keep: bool, bar: Bar) -> dict[str, Later]:
         file, start = entry.packed.values
         if spec.bits is None:
             state[name + VALUES] = _Read(Stored(file, entry.dtype, (spec.kept,), start), step)
+        elif few_bits:
+            dtype, shape = DTYPES[spec.numbers[0]], tuple(spec.numbers[1])
+            state[name + WHOLE] = _Read(Stored(file, dtype, shape, start), step)
+            assert entry.packed.scales is not None
+            file, start = entry.packed.scales
+            scales = Stored(file, torch.bfloat16, spec.scales_shape, start)
+            state[name + SCALES] = _Read(scales, None)
         else:
             state[name + VALUES] = _Products(entry, step)
         file, start = entry.packed.bitmap

@@ -13,6 +13,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmprune.checkpoint.sparse import (
     CONFIG_GUARD,
+    FEWER_BITS,
     FORMAT_VERSION,
     QUANT_METHOD,
     check_version,
@@ -33,13 +34,22 @@ class SparseConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     Attributes:
         expand: whether the model is to be an ordinary dense one, unpacked as it is loaded.
+        few_bits: whether matrices in whole numbers stay so; else they get values, which can be trained.
+        format_version: of what `save_pretrained` writes.
         headers: what the files hold, where transformers is not given the files.
     """
 
-    def __init__(self, expand: bool = False, *, format_version: object = FORMAT_VERSION) -> None:
+    def __init__(
+        self,
+        expand: bool = False,
+        *,
+        few_bits: bool = True,
+        format_version: object = FORMAT_VERSION,
+    ) -> None:
         check_version("config.json", format_version)
         self.quant_method: Any = QUANT_METHOD
-        self.expand = expand
+        self.expand, self.few_bits = expand, few_bits
+        self.format_version = FORMAT_VERSION  # until something in few bits is there
         self.headers: Headers | None = None
 
     @classmethod
@@ -47,13 +57,14 @@ class SparseConfig(QuantizationConfigMixin):  # type: ignore[misc]
         cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
     ) -> Any:
         """From `config.json`, of which the version alone counts."""
-        expand = bool(kwargs.pop("expand", False))
-        made = cls(expand, format_version=config_dict.get("format_version"))
+        expand, few = bool(kwargs.pop("expand", False)), bool(kwargs.pop("few_bits", True))
+        version = config_dict.get("format_version")
+        made = cls(expand, few_bits=few, format_version=version)
         return (made, kwargs) if return_unused_kwargs else made
 
     def to_dict(self) -> dict[str, Any]:
         """What `config.json` says."""
-        return settings()
+        return settings(self.format_version)
 
     def get(self, name: str, default: Any = None) -> Any:
         """As of the dictionary in `config.json`, for which transformers may take it."""
@@ -61,7 +72,7 @@ class SparseConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What counts of a config that is passed to `from_pretrained` beside the checkpoint's own."""
-        return {"expand": self.expand}
+        return {"expand": self.expand, "few_bits": self.few_bits}
 
     @property
     def dequantize(self) -> bool:
@@ -141,8 +152,8 @@ class SparseQuantizer(HfQuantizer):  # type: ignore[misc]
         from llmprune.runtime.arrival import Arrival
 
         (model, headers, dtype), self._loading = self._loading, None
-        keep = not self.quantization_config.expand
-        self._arrival = Arrival.prepare(model, weight_conversions, headers, keep, dtype)
+        keep, few = not self.quantization_config.expand, self.quantization_config.few_bits
+        self._arrival = Arrival.prepare(model, weight_conversions, headers, keep, few, dtype)
         return self._arrival.transforms(weight_conversions)
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> Any:
@@ -162,6 +173,7 @@ class SparseQuantizer(HfQuantizer):  # type: ignore[misc]
     ) -> PreTrainedModel:
         """Check what was loaded, and leave the model as any other."""
         from llmprune.runtime.laid_out import prepare, tell_expanded
+        from llmprune.runtime.seats import few_weights
 
         arrival, self._arrival = self._arrival, None
         assert arrival is not None
@@ -169,6 +181,8 @@ class SparseQuantizer(HfQuantizer):  # type: ignore[misc]
         if self.quantization_config.expand:
             model._weight_conversions = used
             return model
+        version = FEWER_BITS if few_weights(model) else FORMAT_VERSION
+        self.quantization_config.format_version = version
         self.conversions, model._weight_conversions = used, []
         model.is_quantized = False  # `half()` and `float()` refuse a model that says it is
         prepare(model)
@@ -183,7 +197,11 @@ class SparseQuantizer(HfQuantizer):  # type: ignore[misc]
             return None, {}  # an adapter is saved, not the model
         from llmprune.runtime.saving import packed_state
 
-        return packed_state(model, self.conversions)
+        # transformers writes the config after this
+        state, about, self.quantization_config.format_version = packed_state(
+            model, self.conversions
+        )
+        return state, about
 
     def dequantize(
         self, model: PreTrainedModel, dtype: torch.dtype | None = None

@@ -7,8 +7,10 @@ transformers knows. What becomes of a dense T is asked of transformers itself, o
   keeps P packed calls them;
 - it is converted (experts that are merged, transposed, ...), or P is to be dense: then the parts are
   collected and unpacked, transformers' own operations are run on the result, and what comes out is packed
-  again where P is kept packed (`llmprune.runtime.unpacking`). So it is of a T in fewer bits, whose
-  `T_whole`, `T_scales` and `T_bitmap` become values on the way.
+  again where P is kept packed (`llmprune.runtime.unpacking`).
+
+The parts of a T in fewer bits, `T_whole`, `T_scales` and `T_bitmap`, are always collected: to be checked, and
+to become values on the way, unless T only gets another name and P is the weight of a linear layer.
 """
 
 from __future__ import annotations
@@ -25,11 +27,12 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from llmprune.checkpoint.census import Axis
 from llmprune.checkpoint.headers import Headers
 from llmprune.checkpoint.sparse import BITMAP, SCALES, VALUES, WHOLE, Spec
 from llmprune.errors import CheckpointError
 from llmprune.runtime.patterns import UNSTRUCTURED
-from llmprune.runtime.seats import Seat, seatable
+from llmprune.runtime.seats import Seat, seatable, takes_few
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -114,7 +117,11 @@ class Routes:
 
 
 def find_routes(
-    model: PreTrainedModel, transforms: Sequence[Any], headers: Headers, keep: bool
+    model: PreTrainedModel,
+    transforms: Sequence[Any],
+    headers: Headers,
+    keep: bool,
+    few_bits: bool = True,
 ) -> Routes:
     """Lay every tensor's way.
 
@@ -123,6 +130,7 @@ def find_routes(
         transforms: those that transformers will apply to the files' tensors.
         headers: what the files hold.
         keep: whether what can stay packed does; else all of it is unpacked.
+        few_bits: whether what stays packed stays in few bits where it can; else it gets values.
 
     Raises:
         CheckpointError: for a matrix whose shape is another than the model's.
@@ -138,15 +146,19 @@ def find_routes(
         for target in origin.targets:
             wanted.setdefault(target, []).append(origin)
     packable = seatable(model) if keep else set()
-    seats = {t: _seat(found) for t, found in wanted.items() if t in packable}
+    seats = {
+        t: _seat(found, few_bits and takes_few(model, t))
+        for t, found in wanted.items()
+        if t in packable
+    }
     routes = Routes(seats, trace.shapes)
     for origin in origins:
         _lay(routes, trace, origin)
     return routes
 
 
-def _seat(origins: Sequence[Origin]) -> Seat:
-    """What a parameter that is made of `origins` needs."""
+def _seat(origins: Sequence[Origin], few: bool) -> Seat:
+    """What a parameter that is made of `origins` needs, and that may stay in whole numbers if it is `few`."""
     specs = [o.spec for o in origins if o.spec is not None]
     shared = len(specs[0].shape), specs[0].pattern, specs[0].axis
     alike = len(specs) == len(origins) and all(
@@ -156,7 +168,9 @@ def _seat(origins: Sequence[Origin]) -> Seat:
     kept = sum(s.kept // len(o.targets) for s, o in zip(specs, origins, strict=False))
     if not plain:
         return Seat(kept, UNSTRUCTURED, "rows")
-    return Seat(kept, specs[0].pattern, "rows" if specs[0].axis == "rows" else "columns")
+    axis: Axis = "rows" if specs[0].axis == "rows" else "columns"
+    stays = few and specs[0].bits is not None
+    return Seat(kept, specs[0].pattern, axis, specs[0] if stays else None)
 
 
 def _lay(routes: Routes, trace: _Trace, origin: Origin) -> None:
@@ -173,7 +187,9 @@ def _lay(routes: Routes, trace: _Trace, origin: Origin) -> None:
             routes.names[trace.arrives(name + part)] = first + part
         routes.names[trace.arrives(name)] = name + GUARD
         return
-    place = first + VALUES if first in routes.seats else first
+    place = first
+    if (seat := routes.seats.get(first)) is not None:
+        place += VALUES if seat.few is None else SCALES
     converter = None if origin.pattern is None else trace.converter(origin.pattern)
     routes.groups.setdefault(place, Group(converter)).origins.append(origin)
     parts = {name: Part.DENSE}

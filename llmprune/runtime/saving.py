@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,22 +20,35 @@ from transformers.core_model_loading import (
 from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from llmprune.checkpoint.sparse import BITMAP, NAMES, VALUES, Spec, metadata
+from llmprune.checkpoint.sparse import (
+    BITMAP,
+    NAMES,
+    SCALES,
+    VALUES,
+    WHOLE,
+    Spec,
+    metadata,
+    version_of,
+)
 from llmprune.errors import CheckpointError
+from llmprune.kernels.few_bits import packed_few
 from llmprune.kernels.packed import Packed, pack, unpack, unpack_bits
+from llmprune.runtime.few_bits import FewBitsLinear
 from llmprune.runtime.patterns import tightest
 from llmprune.runtime.rows import rearranged
-from llmprune.runtime.seats import packed_weights
+from llmprune.runtime.seats import few_weights, packed_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_FEW = (WHOLE, SCALES, BITMAP)
 
 
 @torch.no_grad()
 def packed_state(
     model: PreTrainedModel, conversions: Sequence[Any] | None
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Every tensor of the files by its key, and the metadata that each of them gets.
+) -> tuple[dict[str, Tensor], dict[str, str], int]:
+    """Every tensor of the files by its key, the metadata that each of them gets, and the format's version.
 
     Args:
         model: holds packed weights.
@@ -44,7 +58,8 @@ def packed_state(
         CheckpointError: for packed weights of a dtype that the format does not have.
     """
     state = _whole_state(model)
-    held = packed_weights(model)
+    held, few = packed_weights(model), few_weights(model)
+    whole = {n: _Whole(layer, *(state.pop(n + part) for part in _FEW)) for n, layer in few.items()}
     packed = {n: Packed(state.pop(n + VALUES), state.pop(n + BITMAP), held[n].shape) for n in held}
     for name, matrix in packed.items():
         if matrix.values.dtype not in NAMES:
@@ -54,16 +69,53 @@ def packed_state(
             )
     files, specs = dict[str, Tensor](), dict[str, Spec]()
     with _reverting(model, conversions) as used:
-        for names in _converted(used, [*packed, *state]):
-            if names.isdisjoint(packed):
+        for names in _converted(used, [*packed, *whole, *state]):
+            if names.isdisjoint([*packed, *whole]):
                 continue
-            weights = {n: packed.pop(n) if n in packed else state.pop(n) for n in names}
-            _add_converted(model, weights, files, specs)
-        for key, name in _renamed(model, packed).items():
-            _add(key, packed[name], held[name].pattern, held[name].axis, files, specs)
+            given = {n: whole.pop(n).packed() for n in names & whole.keys()}  # as values
+            given |= {n: packed.pop(n) for n in names & packed.keys()}
+            _add_converted(
+                model, given | {n: state.pop(n) for n in names & state.keys()}, files, specs
+            )
+        shapes = {n: m.shape for n, m in packed.items()}
+        for key, name in _renamed(
+            model, shapes | {n: w.spec.shape for n, w in whole.items()}
+        ).items():
+            if name in whole:
+                whole[name].add(key, files, specs)
+            else:
+                _add(key, packed[name], held[name].pattern, held[name].axis, files, specs)
         files |= revert_weight_conversion(model, state)
     ordered = sorted(files, key=dot_natural_key)  # so that both parts of a matrix are neighbours
-    return {key: files[key] for key in ordered}, metadata(specs)
+    return {key: files[key] for key in ordered}, metadata(specs), version_of(specs.values())
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """A layer in whole numbers, and its tensors as they are to be saved."""
+
+    layer: FewBitsLinear
+    whole: Tensor
+    scales: Tensor
+    bitmap: Tensor
+
+    @property
+    def spec(self) -> Spec:
+        """What a header says of it: in the dtype that it came in, as in another its products are others."""
+        layer = self.layer
+        about = NAMES[layer.rounded], layer.pattern, layer.axis
+        return Spec(layer.shape, *about, layer.kept, layer.bits, layer.group)
+
+    def packed(self) -> Packed:
+        """The same in values."""
+        found = packed_few(self.layer.formed([self.whole, self.scales, self.bitmap]))
+        return Packed(found.values.to(self.layer.dtype), found.bitmap, found.shape)
+
+    def add(self, key: str, files: dict[str, Tensor], specs: dict[str, Spec]) -> None:
+        """See `_add`."""
+        files |= {key + WHOLE: self.whole, key + SCALES: self.scales, key + BITMAP: self.bitmap}
+        files[key] = self.scales.new_empty(1, dtype=self.layer.rounded)[:0]
+        specs[key] = self.spec
 
 
 def _whole_state(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -103,9 +155,9 @@ def _converted(conversions: Sequence[Any], names: Sequence[str]) -> list[set[str
     return list(found.values())
 
 
-def _renamed(model: PreTrainedModel, packed: Mapping[str, Packed]) -> dict[str, str]:
+def _renamed(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
     """File key to parameter, of those that are only renamed."""
-    probes = {name: torch.empty(m.shape, device="meta") for name, m in packed.items()}
+    probes = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     names = {id(probe): name for name, probe in probes.items()}
     return {key: names[id(t)] for key, t in revert_weight_conversion(model, probes).items()}
 

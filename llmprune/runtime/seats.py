@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from llmprune.checkpoint.census import Axis
-from llmprune.checkpoint.sparse import DTYPES
+from llmprune.checkpoint.sparse import DTYPES, Spec
 from llmprune.errors import CheckpointError
 from llmprune.experts import fused
+from llmprune.kernels.few_bits import FewBits
 from llmprune.kernels.packed import Packed, bitmap_shape
 from llmprune.runtime.experts import PackedModule, hold
+from llmprune.runtime.few_bits import FewBitsLinear
 from llmprune.runtime.fit import check_packed
 from llmprune.runtime.linear import SparseLinear
 
@@ -31,11 +33,19 @@ class Seat:
         kept: number of kept values; an estimate where conversions share them out.
         pattern: `n:m` or `unstructured`.
         axis: `rows` or `columns`.
+        few: what the header says of one that stays in whole numbers; None for values.
     """
 
     kept: int
     pattern: str
     axis: Axis
+    few: Spec | None = None
+
+
+def takes_few(model: PreTrainedModel, parameter: str) -> bool:
+    """Whether a parameter can stay in whole numbers: of a linear layer that has torch's own forward."""
+    module = model.get_submodule(parameter.rpartition(".")[0])
+    return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
 
 
 def seatable(model: PreTrainedModel) -> set[str]:
@@ -62,6 +72,12 @@ def take_seats(model: PreTrainedModel, seats: Mapping[str, Seat]) -> None:
         module: Any = model.get_submodule(path)
         dense = module._parameters[name]
         conv = type(module).__name__ == "Conv1D"
+        if seat.few is not None:
+            taken = FewBitsLinear(
+                _room_for(seat.few), seat.kept, module.bias, seat.pattern, conv, dense.dtype
+            )
+            model.set_submodule(path, taken.train(module.training))
+            continue
         values = torch.empty(seat.kept, dtype=dense.dtype, device="meta")
         bitmap = torch.empty(bitmap_shape(dense.shape), dtype=torch.uint8, device="meta")
         packed = Packed(values, bitmap, tuple(dense.shape))
@@ -80,6 +96,24 @@ def hold_pattern(model: nn.Module, parameter: str, pattern: str) -> None:
         module.rooms[name] = replace(module.rooms[name], pattern=pattern, axis="rows")
     elif isinstance(module, SparseLinear):
         module.pattern, module.axis = pattern, "rows"
+
+
+def _room_for(spec: Spec) -> FewBits:
+    """A matrix of whole numbers that is still to come."""
+    dtype = torch.int8 if spec.bits == 8 else torch.uint8
+    whole = torch.empty(spec.numbers[1], dtype=dtype, device="meta")
+    scales = torch.empty(spec.scales_shape, dtype=torch.bfloat16, device="meta")
+    bitmap = torch.empty(bitmap_shape(spec.shape), dtype=torch.uint8, device="meta")
+    return few_of(whole, scales, bitmap, spec)
+
+
+def few_of(whole: Tensor, scales: Tensor, bitmap: Tensor, spec: Spec) -> FewBits:
+    """The matrix [rows, columns] of whole numbers that a header tells of."""
+    assert spec.bits is not None
+    assert spec.group is not None
+    rows, columns = spec.shape
+    about = (rows, columns), spec.bits, spec.group, spec.torch_dtype, spec.axis
+    return FewBits(whole, scales, bitmap, *about)
 
 
 @dataclass(frozen=True)
@@ -113,9 +147,11 @@ class Held:
 
 
 def packed_weights(model: nn.Module) -> dict[str, Held]:
-    """The weights that `model` holds packed, by the names that they would have in a dense one."""
+    """The weights that `model` holds as values and bitmap, by their names in a dense one."""
     found = {}
     for path, module in model.named_modules():
+        if isinstance(module, FewBitsLinear):
+            continue
         if isinstance(module, SparseLinear):
             found[f"{path}.weight"] = Held(
                 module.weight_values,
@@ -131,3 +167,8 @@ def packed_weights(model: nn.Module) -> dict[str, Held]:
                     packed.values, packed.bitmap, packed.shape, room.pattern, room.axis
                 )
     return found
+
+
+def few_weights(model: nn.Module) -> dict[str, FewBitsLinear]:
+    """The layers that hold their weights as whole numbers, by the names of these in a dense model."""
+    return {f"{p}.weight": m for p, m in model.named_modules() if isinstance(m, FewBitsLinear)}

@@ -108,10 +108,10 @@ def densify(model: nn.Module) -> Swapped:
     """
     patterns, sizes = dict[str, str](), [0, 0]
 
-    def count(name: str, packed: Packed, pattern: str) -> None:
+    def count(name: str, packed: Packed, pattern: str, bytes: int) -> None:
         patterns[name] = pattern
         sizes[0] += packed.values.element_size() * int(torch.Size(packed.shape).numel())
-        sizes[1] += packed.bytes
+        sizes[1] += bytes
 
     packed = (SparseLinear, PackedModule)
     for path in [n for n, m in model.named_modules() if isinstance(m, packed)]:
@@ -119,11 +119,12 @@ def densify(model: nn.Module) -> Swapped:
             path
         )  # by name: a list of modules would keep them all in memory
         if isinstance(module, SparseLinear):
-            count(f"{path}.weight", module.packed, module.pattern)
+            count(f"{path}.weight", module.packed, module.pattern, module.bytes)
             _exchange(model, module, module.to_linear())
         elif isinstance(module, PackedModule):
             for name, room in list(module.rooms.items()):
-                count(f"{path}.{name}", module.packed(name), room.pattern)
+                found = module.packed(name)
+                count(f"{path}.{name}", found, room.pattern, found.bytes)
                 release(module, name)
     _mark(model, packed=False)
     return Swapped(patterns, {}, *sizes)

@@ -21,9 +21,10 @@ from llmprune.checkpoint.whole import flaw, rows_of_scales, spread
 from llmprune.errors import CheckpointError, short
 from llmprune.kernels.few_bits import of_halves, products
 from llmprune.kernels.packed import Packed, count, nonzero_bits, pack, unpack, unpack_bits
-from llmprune.runtime.fit import check_packed
+from llmprune.runtime.fit import check_few_bits, check_packed
 from llmprune.runtime.routes import Group, Part, Routes
 from llmprune.runtime.rows import rearranged
+from llmprune.runtime.seats import few_of
 
 
 def transforms(routes: Routes, own: Sequence[Any]) -> list[Any]:
@@ -90,6 +91,8 @@ class _Unpack(ConversionOps):  # type: ignore[misc]
     ) -> dict[str, Tensor]:
         """The parameters of one group by name, in the dtypes that the model holds them in."""
         group = self.routes.groups[full_layer_name]
+        if (held := self._held(group, input_dict)) is not None:
+            return held
         packed, dense = _collected(group, input_dict, self.routes.flaws)
         found = (
             self._kept(group, packed)
@@ -110,6 +113,21 @@ class _Unpack(ConversionOps):  # type: ignore[misc]
             else:
                 out[target] = weight.to(model.get_parameter_or_buffer(target).dtype)
         return out
+
+    def _held(
+        self, group: Group, parts: Mapping[str, Sequence[Tensor]]
+    ) -> dict[str, Tensor] | None:
+        """The parts of a matrix that stays in whole numbers; None for everything else."""
+        origin, target = group.origins[0], group.origins[0].targets[0]
+        seat, spec = self.routes.seats.get(target), origin.spec
+        if seat is None or seat.few is None or spec is None:
+            return None
+        whole, scales, bitmap = (parts[p][0] for p in (Part.WHOLE, Part.SCALES, Part.BITMAP))
+        try:
+            check_few_bits(few_of(whole, scales, bitmap, spec), spec.kept)
+        except CheckpointError as error:
+            self.routes.flaws.append(f"{short(origin.name)}: {error}")
+        return {target + WHOLE: whole, target + SCALES: scales, target + BITMAP: bitmap}
 
     def _kept(
         self, group: Group, packed: Mapping[str, Packed]
