@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from few_tokens import SHAPES
@@ -28,7 +29,7 @@ from llmprune.kernels import gpu, measure, table, tuning
 from llmprune.kernels.choice import offered
 from llmprune.kernels.interface import Case
 from llmprune.kernels.measure import Bench, Way
-from llmprune.kernels.words import Words
+from llmprune.kernels.words import Measured
 
 APART = {  # the same models with q, k, v, gate and up as layers of their own, as transformers has them
     "Llama-3-8B k": (1024, 4096),
@@ -98,9 +99,9 @@ def _cases(
             yield Case((rows, columns), kept, dtype, device, pattern, "rows", False, 1, False)
 
 
-def _kernels(case: Case) -> list[Words]:
+def _kernels(case: Case) -> list[Measured[Any]]:
     """Those that can multiply by a matrix for n:m."""
-    return [k for k in offered(case) if isinstance(k, Words) and k.unfit(case) is None]
+    return [k for k in offered(case) if isinstance(k, Measured) and k.unfit(case) is None]
 
 
 def _known(found: table.Table, case: Case, tokens: set[int]) -> bool:

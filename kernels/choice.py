@@ -5,18 +5,21 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from llmprune.kernels import gpu, measure
+from llmprune.kernels.bitmap_layout import WORD
 from llmprune.kernels.cusparselt import CuSparseLt
 from llmprune.kernels.dense import Dense
 from llmprune.kernels.expand import Expand
 from llmprune.kernels.held import S24_MMA, gemv
+from llmprune.kernels.held_bitmap import Bitmap, bitmap_n, bitmap_of, bitmap_percent
 from llmprune.kernels.interface import Case, Kernel, Sparse
 from llmprune.kernels.table import counted
-from llmprune.kernels.words import Words
+from llmprune.kernels.words import Measured
 
 SETTING = "LLMPRUNE_KERNEL"  # environment variable: as `prefer`
-NAMES = ("cusparselt", "s24_mma", "nm_gemv", "dense", "expand")
+NAMES = ("cusparselt", "s24_mma", "nm_gemv", "bitmap", "dense", "expand")
 
 
 def _slower(case: Case) -> bool:
@@ -28,7 +31,7 @@ def _slower(case: Case) -> bool:
 EXPAND: Kernel = Expand()
 DENSE: Kernel = Dense(_slower)
 KERNELS: list[Kernel] = [CuSparseLt(), S24_MMA, DENSE, EXPAND]
-"""The preferred first; `expand`, which takes everything, is last. `nm_gemv` of each n:m is before `dense`."""
+"""The preferred first; `expand`, which takes everything, is last. Those of a pattern are before `dense`."""
 
 _preferred: str | None = None
 
@@ -73,8 +76,12 @@ def find(name: str) -> Kernel:
             return kernel
     if found := re.fullmatch(r"nm_gemv (\d{1,2}):(\d{1,2})", name):
         return gemv(int(found[1]), int(found[2]))
-    known = [kernel.name for kernel in KERNELS]
-    raise ValueError(f"no kernel {name!r}; known: {', '.join([*known, 'nm_gemv n:m'])}")
+    if found := re.fullmatch(r"bitmap (\d{1,2}):32", name):
+        return bitmap_n(int(found[1]))
+    if found := re.fullmatch(r"bitmap (\d{1,3})%", name):
+        return bitmap_percent(int(found[1]))
+    known = [*(kernel.name for kernel in KERNELS), "nm_gemv n:m", "bitmap n:32", "bitmap p%"]
+    raise ValueError(f"no kernel {name!r}; known: {', '.join(known)}")
 
 
 def prefer(kernel: str | None) -> None:
@@ -107,15 +114,30 @@ def _known(name: str, where: str) -> str:
 def offered(case: Case) -> list[Kernel]:
     """The kernels that come into question, the preferred first."""
     kernels = list(KERNELS)
-    if case.nm is not None:
-        kernels.insert(kernels.index(DENSE), gemv(*case.nm))
+    before = kernels.index(DENSE)
+    kernels[before:before] = _of_patterns(case)
     first = preferred()
     return sorted(kernels, key=lambda kernel: kernel.name.split()[0] != first)
 
 
-def _for_groups(case: Case) -> list[Words]:
-    """Those of the kernels for n:m that a table of measurements knows."""
-    return [kernel for kernel in offered(case) if isinstance(kernel, Words)]
+def _of_patterns(case: Case) -> list[Kernel]:
+    """The kernels of which there is one for each n:m or share of kept weights.
+
+    What one for n:m can hold takes no less as any mask, so `bitmap` is left out then, unless it is asked for.
+    """
+    rows, columns = case.shape
+    any_mask = bitmap_of(case.kept, rows * columns)
+    if case.nm is None:
+        return [any_mask]
+    n, m = case.nm
+    groups = bitmap_n(n) if m == WORD else gemv(n, m)
+    alone = groups.static(case) is None and preferred() != any_mask.name.split()[0]
+    return [groups] if alone else [groups, any_mask]
+
+
+def _for_groups(case: Case) -> list[Measured[Any]]:
+    """Those that a table of measurements knows."""
+    return [kernel for kernel in offered(case) if isinstance(kernel, Measured)]
 
 
 def refusal(kernel: Kernel, case: Case) -> str | None:
@@ -131,7 +153,7 @@ def choose(case: Case) -> Kernel:
     """
     for kernel in offered(case):
         asked = kernel.name.split()[0] == preferred()
-        if isinstance(kernel, Words) and not asked and kernel.unfit(case) is None:
+        if isinstance(kernel, Measured) and not asked and kernel.unfit(case) is None:
             measure.first(kernel, gpu.whole(case.device), case.sides, case.dtype)
         if refusal(kernel, case) is None:
             return kernel
@@ -141,9 +163,10 @@ def choose(case: Case) -> Kernel:
 def turns(kernel: Kernel, case: Case) -> bool:
     """Whether `kernel` is given the transpose of what is stored, and is called with `transposed` False.
 
-    Kernels for n:m want [out, in]; Conv1D stores [in, out]. `expand` takes what is stored.
+    Kernels for n:m and `bitmap` want [out, in]; Conv1D stores [in, out]. `expand` takes what is stored.
     """
-    return case.transposed and case.along_inputs and kernel is not EXPAND
+    by_bits = isinstance(kernel, Bitmap)
+    return case.transposed and (case.along_inputs or by_bits) and kernel is not EXPAND
 
 
 def explain(layer: Sparse, tokens: int) -> Explanation:

@@ -14,10 +14,10 @@ from llmprune.kernels.choice import offered
 from llmprune.kernels.interface import Case
 from llmprune.kernels.measure import Bench, Timer
 from llmprune.kernels.table import Matrix, Table, Timing, counted, current, keep
-from llmprune.kernels.words import Words
+from llmprune.kernels.words import Measured
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-_Job = tuple[Words, torch.device, tuple[int, int], torch.dtype]
+_Job = tuple[Measured[Any], torch.device, tuple[int, int], torch.dtype]
 
 
 def tune(model: torch.nn.Module, tokens: Iterable[int] = TOKENS, seconds: float = 300) -> Table:
@@ -115,7 +115,7 @@ def _jobs(cases: Iterable[Case]) -> tuple[dict[Matrix, _Job], list[str]]:
     for case in cases:
         reasons = []
         for kernel in offered(case):
-            if not isinstance(kernel, Words):
+            if not isinstance(kernel, Measured):
                 continue
             why = kernel.unfit(case)
             if why is None:
@@ -124,7 +124,7 @@ def _jobs(cases: Iterable[Case]) -> tuple[dict[Matrix, _Job], list[str]]:
                 jobs.setdefault(matrix, (kernel, where, case.sides, case.dtype))
             else:
                 reasons.append(f"{kernel.name} {why}")
-        if len(reasons) == sum(isinstance(k, Words) for k in offered(case)):
+        if len(reasons) == sum(isinstance(k, Measured) for k in offered(case)):
             shape = " x ".join(map(str, case.sides))
             notes[f"not measured: {shape} {case.pattern}: {'; '.join(reasons)}"] = None
     return jobs, list(notes)
