@@ -9,8 +9,8 @@ which theirs are the next, four at most. So a warp reads neighbouring values of 
 through words of several rows with the same inputs. The warps of a program, and with `split` several programs,
 share out the columns. Sums are float32 and always in the same order.
 
-Instruction slots per weight, counted for sm_90 (benchmarks/slots.py): 7.9 for one token, 7.7 at 16:32, 15.7
-for eight tokens, 24.7 for sixteen. While it reads 9 bits at 90% of its bandwidth an H200 has 7.7, a 3090 24,
+Instruction slots per weight, counted for sm_90 (benchmarks/slots.py): 8.2 for one token, 7.6 at 16:32, 17.3
+for eight tokens, 26.5 for sixteen. While it reads 9 bits at 90% of its bandwidth an H200 has 7.7, a 3090 24,
 a 4090 51: it is made for cards with GDDR memory.
 
 State: equal to the reference in Triton's interpreter, also for matrices that no tile divides; compiles
@@ -21,6 +21,8 @@ compares it with the reference once on each GPU, and the table of measurements h
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -35,10 +37,32 @@ REVISION = 1  # to be raised with each change of speed: what was measured before
 _WARPS = 8  # of a program up to 8 tokens; a guess, not measured
 _FEW_WARPS = 4  # for more: with 8, ptxas spills two words of a thread for sm_90 (triton 3.7.1)
 _PROGRAMS = 264  # a split aims at two programs on each of an H200's 132 processors; not measured
-_MANY_ROWS = (
-    4  # of words that a lane goes through with the same inputs; 8 took no fewer slots (counted)
-)
+_MANY_ROWS = 4  # that a lane goes through with the same inputs; 8 took no fewer slots (counted)
 _FEW_ROWS = 2  # for more, whose sums fill its registers
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How so many tokens are taken.
+
+    Attributes:
+        wide: tokens of a tile, 16 bytes of float32 at most, which a lane reads at once.
+        tiles: of inputs.
+        rows: whose words a lane goes through with the same inputs.
+        words: of a row that it goes through at once.
+        warps: of a program, unless the caller says so.
+    """
+
+    wide: int
+    tiles: int
+    rows: int
+    words: int
+    warps: int
+
+    @property
+    def program(self) -> int:
+        """Rows of a program."""
+        return 4 * self.rows
 
 
 def bitmap_gemv(
@@ -67,8 +91,8 @@ def bitmap_gemv(
     from .bitmap_triton import bitmap_kernel
 
     (rows, columns), tokens, turns = layout.shape, x.shape[0], layout.turns
-    wide, tiles, at_once = _shares(tokens)
-    blocks, warps = -(-rows // (4 * at_once)), warps or (_WARPS if tokens <= 8 else _FEW_WARPS)
+    launch = launch_of(tokens)
+    blocks, warps = -(-rows // launch.program), warps or launch.warps
     split = split or _split(blocks, -(-turns // warps))
     y = x.new_empty((tokens, rows))
     parts = y if split == 1 else x.new_empty((split, tokens, rows), dtype=torch.float32)
@@ -78,7 +102,7 @@ def bitmap_gemv(
             layout.words,
             layout.values,
             layout.words if layout.offsets is None else layout.offsets,
-            by_column(x, wide * tiles),
+            by_column(x, launch.wide * launch.tiles),
             y if bias is None else bias.contiguous(),
             parts,
             rows,
@@ -86,9 +110,10 @@ def bitmap_gemv(
             tokens,
             columns // 32 * layout.n,
             N=layout.n,
-            ROWS=at_once,
-            TOKENS=wide,
-            TILES=tiles,
+            ROWS=launch.rows,
+            WORDS=launch.words,
+            TOKENS=launch.wide,
+            TILES=launch.tiles,
             WARPS=warps,
             SPLIT=split,
             EVEN=turns % warps == 0,
@@ -106,9 +131,13 @@ def bitmap_gemv_reference(x: Tensor, layout: BitmapLayout, bias: Tensor | None =
     return torch.nn.functional.linear(x.float(), dense, shift).to(x.dtype)
 
 
-def rows_of(tokens: int) -> int:
-    """How many rows a program takes."""
-    return 4 * _shares(tokens)[2]
+def launch_of(tokens: int) -> Launch:
+    """How the kernel takes so many tokens: as few slots as compile in seconds (counted)."""
+    if tokens <= 4:
+        return Launch(1 << (tokens - 1).bit_length(), 1, _MANY_ROWS, 4, _WARPS)
+    if tokens <= 8:
+        return Launch(4, 2, _FEW_ROWS, 2, _WARPS)
+    return Launch(4, 4, _FEW_ROWS, 2, _FEW_WARPS)
 
 
 @gpu.once
@@ -147,13 +176,6 @@ def _wrong(device: torch.device, n: int) -> str | None:
             if not bool(((y - expected).abs() <= allowed).all()):
                 return f"{tokens} tokens, {n or 'any'} of 32, {list(size)} {dtype}"
     return None
-
-
-def _shares(tokens: int) -> tuple[int, int, int]:
-    """(tokens of a tile, tiles, words of a lane): a lane reads a tile of x at once, 16 bytes at most."""
-    if tokens <= 4:
-        return 1 << (tokens - 1).bit_length(), 1, _MANY_ROWS
-    return 4, 2 if tokens <= 8 else 4, _FEW_ROWS
 
 
 def _split(blocks: int, turns: int) -> int:

@@ -1,3 +1,4 @@
+# ruff: noqa: RUF005 (Triton knows no star in a tuple)
 """Device code of `bitmap.bitmap_gemv`. A file of its own: importing it imports triton."""
 
 import triton
@@ -17,32 +18,6 @@ def _ones(word):  # type: ignore[no-untyped-def]
     return ((word * 0x01010101) >> 24).to(tl.int32, bitcast=True)
 
 
-@triton.jit
-def _added(total, keep, weight, at):  # type: ignore[no-untyped-def]
-    """The sums [rows, threads, tokens], and weight * x where a weight is kept.
-
-    Not times 0 elsewhere: what is there is the weight of another column, which may be NaN.
-    """
-    x = tl.load(at).to(tl.float32)
-    return tl.where(keep[:, :, None], total + weight[:, :, None] * x, total)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _store(  # type: ignore[no-untyped-def]
-    total, y, bias, block, rows, tokens, TILE: tl.constexpr, WARPS: tl.constexpr, BIAS: tl.constexpr
-):
-    """Add up what the threads of a row have, over the eight lanes of a word and the warps."""
-    ROWS: tl.constexpr = total.shape[0]
-    TOKENS: tl.constexpr = total.shape[2]
-    whole = tl.sum(tl.sum(tl.reshape(total, [ROWS, WARPS, 4, 8, TOKENS]), 3), 1)
-    row = block + tl.arange(0, ROWS)[:, None, None] * 4 + tl.arange(0, 4)[None, :, None]
-    if BIAS:
-        whole += tl.load(bias + row, mask=row < rows, other=0).to(tl.float32)
-    token = TILE * TOKENS + tl.arange(0, TOKENS)[None, None, :]
-    at = y + token.to(tl.int64) * rows + row
-    tl.store(at, whole.to(y.dtype.element_ty), mask=(row < rows) & (token < tokens))
-
-
 @triton.jit  # type: ignore[untyped-decorator]
 def bitmap_kernel(  # type: ignore[no-untyped-def]
     words,  # int32 [rows, 8 * turns]: a bit for each column
@@ -59,6 +34,7 @@ def bitmap_kernel(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,  # that a lane goes through at once, with the same inputs
     TOKENS: tl.constexpr,  # 1, 2 or 4: what a lane reads of x at once
     TILES: tl.constexpr,  # 1, 2 or 4 of that
+    WORDS: tl.constexpr,  # 1, 2, 4 or 8: of a row that a lane goes through at once
     WARPS: tl.constexpr,
     SPLIT: tl.constexpr,
     EVEN: tl.constexpr,  # every warp has a turn each time
@@ -66,64 +42,73 @@ def bitmap_kernel(  # type: ignore[no-untyped-def]
 ):
     """One program multiplies 4 * ROWS rows; its warps take turns of 256 columns of them.
 
-    Eight lanes share a word, four of its bits each, and the warp has such words of four rows, ROWS times.
+    Eight lanes share a word, four of its bits each; a warp has words of four rows at once, ROWS times.
     """
-    thread = tl.arange(0, WARPS * 32)[None, :]
+    # One dimension for warps and lanes, and rows apart, leave the compiler one layout to choose.
+    thread = tl.arange(0, WARPS * 32)
     lane = thread % 8
     block = tl.program_id(0).to(tl.int64) * (4 * ROWS)
-    # Rows behind the last are that once more.
-    row = tl.minimum(block + tl.arange(0, ROWS)[:, None] * 4 + thread // 8 % 4, rows - 1)
+    row = block + thread // 8 % 4
     lower = (1 << (4 * lane)) - 1  # the bits before those of a lane
-    token = tl.arange(0, TOKENS)[None, None, :]
-    a = tl.zeros([ROWS, WARPS * 32, TOKENS], tl.float32)
-    b = tl.zeros([ROWS, WARPS * 32, TOKENS], tl.float32)
-    c = tl.zeros([ROWS, WARPS * 32, TOKENS], tl.float32)
-    d = tl.zeros([ROWS, WARPS * 32, TOKENS], tl.float32)
-    for start in range(tl.program_id(1) * WARPS, turns, WARPS * SPLIT):
-        turn = start + thread // 32
+    token = tl.arange(0, TOKENS)[None, :]
+    sums = (tl.zeros([WARPS * 32, TOKENS], tl.float32),) * (ROWS * TILES)
+    before = (tl.zeros([WARPS * 32], tl.int32 if N else offsets.dtype.element_ty),) * ROWS
+    begin = tl.program_id(1) * WARPS
+    most = tl.cdiv(turns - begin, WARPS * SPLIT)  # turns that a warp takes
+    # One loop over parts of turns, not one loop in another; all of a turn at once compiles for half a minute.
+    for step in range(most * (8 // WORDS)):
+        turn = begin + step // (8 // WORDS) * (WARPS * SPLIT) + thread // 32
+        first = step % (8 // WORDS) * WORDS
         live = turn < turns
         if not EVEN:
             turn = tl.minimum(turn, turns - 1)
-        at_word = words + row * (turns * 8) + turn * 8
-        if N:
-            before = turn * (8 * N)
-            at_value = values + row * of_row
-        else:
-            before = tl.load(offsets + row * turns + turn)
-            at_value = values
-        column = (turn * 256 + lane * 4).to(tl.int64)
-        at_x = (x + column * (TILES * TOKENS))[:, :, None] + token
-        for i in tl.static_range(8):
-            word = tl.load(at_word + i)
-            if not EVEN:
-                word = tl.where(live, word, 0)
-            four = word >> (4 * lane)
-            at = at_value + (before + _ones(word & lower))
-            # The values of four bits are among the next four: each bit that is 1 uses one up.
-            v0 = tl.load(at).to(tl.float32)
-            v1 = tl.load(at + 1).to(tl.float32)
-            v2 = tl.load(at + 2).to(tl.float32)
-            v3 = tl.load(at + 3).to(tl.float32)
-            for j in tl.static_range(4):
-                keep = (four & (1 << j)) != 0
-                here = at_x + (32 * i + j) * (TILES * TOKENS)
-                a = _added(a, keep, v0, here)
-                if TILES > 1:
-                    b = _added(b, keep, v0, here + TOKENS)
-                if TILES > 2:
-                    c = _added(c, keep, v0, here + 2 * TOKENS)
-                    d = _added(d, keep, v0, here + 3 * TOKENS)
-                v0 = tl.where(keep, v1, v0)
-                v1 = tl.where(keep, v2, v1)
-                v2 = tl.where(keep, v3, v2)
+        column = (turn * 256 + first * 32 + lane * 4).to(tl.int64)
+        at_x = (x + column * (TILES * TOKENS))[:, None] + token
+        for r in tl.static_range(ROWS):
+            of = tl.minimum(row + 4 * r, rows - 1)  # rows behind the last are that once more
             if N:
-                before += N
+                now = (turn * 8 + first) * N
             else:
-                before += _ones(word)
+                now = tl.where(first == 0, tl.load(offsets + of * turns + turn), before[r])
+            before = before[:r] + (now,) + before[r + 1 :]
+        for i in tl.static_range(WORDS):
+            inputs = ()
+            for j in tl.static_range(4):
+                for tile in tl.static_range(TILES):
+                    at = at_x + ((32 * i + j) * TILES + tile) * TOKENS
+                    inputs = inputs + (tl.load(at).to(tl.float32),)
+            for r in tl.static_range(ROWS):
+                of = tl.minimum(row + 4 * r, rows - 1)
+                word = tl.load(words + of * (turns * 8) + turn * 8 + first + i)
+                if not EVEN:
+                    word = tl.where(live, word, 0)
+                at_value = values + of * of_row if N else values
+                at_value += before[r] + _ones(word & lower)
+                # The values of four bits are among the next four: each bit that is 1 uses one up.
+                v0 = tl.load(at_value).to(tl.float32)
+                v1 = tl.load(at_value + 1).to(tl.float32)
+                v2 = tl.load(at_value + 2).to(tl.float32)
+                v3 = tl.load(at_value + 3).to(tl.float32)
+                four = word >> (4 * lane)
+                for j in tl.static_range(4):
+                    keep = (four & (1 << j)) != 0
+                    for tile in tl.static_range(TILES):
+                        more = sums[r * TILES + tile] + v0[:, None] * inputs[j * TILES + tile]
+                        # Not times 0 where no weight is kept: v0 is then of another column, and may be NaN.
+                        more = tl.where(keep[:, None], more, sums[r * TILES + tile])
+                        sums = sums[: r * TILES + tile] + (more,) + sums[r * TILES + tile + 1 :]
+                    v0 = tl.where(keep, v1, v0)
+                    v1 = tl.where(keep, v2, v1)
+                    v2 = tl.where(keep, v3, v2)
+                after = before[r] + (N if N else _ones(word))
+                before = before[:r] + (after,) + before[r + 1 :]
     y += tl.program_id(1).to(tl.int64) * tokens * rows
-    _store(a, y, bias, block, rows, tokens, 0, WARPS, BIAS)
-    if TILES > 1:
-        _store(b, y, bias, block, rows, tokens, 1, WARPS, BIAS)
-    if TILES > 2:
-        _store(c, y, bias, block, rows, tokens, 2, WARPS, BIAS)
-        _store(d, y, bias, block, rows, tokens, 3, WARPS, BIAS)
+    for k in tl.static_range(ROWS * TILES):
+        # Over the eight lanes of a word, and over the warps.
+        whole = tl.sum(tl.sum(tl.reshape(sums[k], [WARPS, 4, 8, TOKENS]), 2), 0)
+        of = block + 4 * (k // TILES) + tl.arange(0, 4)[:, None]
+        if BIAS:
+            whole += tl.load(bias + of, mask=of < rows, other=0).to(tl.float32)
+        t = k % TILES * TOKENS + token
+        inside = (of < rows) & (t < tokens)
+        tl.store(y + t.to(tl.int64) * rows + of, whole.to(y.dtype.element_ty), mask=inside)

@@ -189,7 +189,7 @@ def _layout(parts: Sequence[Tensor], shape: tuple[int, int]) -> BitmapLayout:
 
 def _splits(sides: tuple[int, int], warps: int) -> list[int]:
     """A turn of columns for each warp of a part."""
-    return splits(-(-sides[0] // bitmap.rows_of(1)), -(-sides[1] // TURN) // warps)
+    return splits(-(-sides[0] // bitmap.launch_of(1).program), -(-sides[1] // TURN) // warps)
 
 
 def _repeated(block: Tensor, rows: int) -> tuple[Tensor, Packed]:
