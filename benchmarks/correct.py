@@ -37,6 +37,7 @@ if "cpu" in sys.argv:
 os.environ["LLMPRUNE_MEASURE"] = "0"  # what other parts measure meanwhile would say nothing
 
 from llmprune import SparseLinear
+from llmprune.kernels.bitmap import bitmap_gemv, exact, pack_bitmap, pack_exact
 from llmprune.kernels.choice import explain
 from llmprune.kernels.nm_gemv import nm_gemv, pack_gemv
 from llmprune.kernels.packed import pack
@@ -45,6 +46,8 @@ from llmprune.kernels.s24_mma import pack_gate_up, pack_s24, s24_mma, unavailabl
 TOKENS = (1, 2, 3, 7, 8, 9, 16, 17, 33, 64)
 SHAPES = ((4096, 14336), (6144, 4096), (333, 1100))  # [out, in]
 PATTERNS = ((2, 4), (4, 8), (8, 16))
+FOR_BITMAP = (1, 7, 16)  # tokens: what each tells the compiler is compiled apart, and takes seconds
+OF_32 = (0, 16)  # kept; 0 is any number
 REPEATS = 100
 PARTS = (
     "s24_mma bfloat16",
@@ -53,6 +56,8 @@ PARTS = (
     "s24_mma gate and up float16",
     "nm_gemv bfloat16",
     "nm_gemv float16",
+    "bitmap bfloat16",
+    "bitmap float16",
     "dispatch bfloat16",
 )
 THROUGH_DISPATCH = (1, 8, 9, 64, 65, 512)  # tokens; one and more pieces, expanded
@@ -91,7 +96,8 @@ def main() -> None:
         print(json.dumps(vars(examine(args.part, device, args.small))))
         return
     parts = _in_processes(args)
-    right = {kernel: _right(parts, kernel, device) for kernel in ("s24_mma", "nm_gemv", "dispatch")}
+    kernels = ("s24_mma", "nm_gemv", "bitmap", "dispatch")
+    right = {kernel: _right(parts, kernel, device) for kernel in kernels}
     write(args.out, {**circumstances(device, args.small), "right": right, "parts": parts})
     for name, part in parts.items():
         print(f"{name:<29} {_told(part)}")
@@ -158,9 +164,12 @@ def examine(name: str, device: torch.device, small: bool) -> Found:
     dtype = getattr(torch, name.split()[-1])
     for shape in ((5, 76),) if small else SHAPES:
         for what, dense, call in _products(name, shape, dtype, device, small, found):
-            several: tuple[int, ...] = THROUGH_DISPATCH
-            if kernel != "dispatch":
-                several = TOKENS if kernel == "s24_mma" else tuple(t for t in TOKENS if t <= 8)
+            several = {
+                "s24_mma": TOKENS,
+                "nm_gemv": tuple(t for t in TOKENS if t <= 8),
+                "bitmap": FOR_BITMAP,
+                "dispatch": THROUGH_DISPATCH,
+            }[kernel]
             for tokens in (3,) if small else several:
                 _compare(found, f"{what} {tokens} tokens", call, dense, tokens, small)
     return replace(found, seconds=time.monotonic() - begun)
@@ -185,12 +194,22 @@ def _products(
             gemv = replace(gemv, words=_amid(gemv.words))
             yield f"{n}:{m} {told}", [dense], partial(_by, nm_gemv, gemv)
         return
+    if name.startswith("bitmap"):
+        for n in OF_32[:1] if small else OF_32:
+            if n and shape[1] % 32:
+                continue
+            dense = _matrix(shape, n or 2, 32 if n else 4, dtype, device)
+            packed = pack(dense)
+            layout = exact(pack_exact(packed, n), shape, n, dtype) if n else pack_bitmap(packed)
+            layout = replace(layout, values=_amid(layout.values), words=_amid(layout.words))
+            yield f"{n or 'any'} of 32 {told}", [dense], partial(_by, bitmap_gemv, layout)
+        return
     gate, up = (_matrix(shape, 2, 4, dtype, device, seed) for seed in (0, 1))
     if name.startswith("s24_mma"):
         both = "gate and up" in name
         s24 = pack_gate_up(pack(gate), pack(up)) if both else pack_s24(pack(gate))
-        layout = replace(s24, words=_amid(s24.words))
-        yield told, [gate, up] if both else [gate], partial(_by, s24_mma, layout)
+        apart = replace(s24, words=_amid(s24.words))
+        yield told, [gate, up] if both else [gate], partial(_by, s24_mma, apart)
         return
     linear = torch.nn.Linear(shape[1], shape[0], bias=False, device="meta")
     linear.weight = torch.nn.Parameter(gate, requires_grad=False)

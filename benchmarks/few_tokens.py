@@ -51,6 +51,7 @@ from timing import (
 )
 
 from llmprune import SparseLinear
+from llmprune.kernels.bitmap import bitmap_gemv, pack_bitmap
 from llmprune.kernels.choice import explain
 from llmprune.kernels.gemv_layout import pack_gemv
 from llmprune.kernels.nm_gemv import nm_gemv
@@ -72,7 +73,7 @@ SHAPES = {  # [out, in] of the linear layers, q, k and v as one, gate and up as 
 }
 SMALL = {"small": (64, 256), "ragged": (37, 300)}
 TOKENS = (1, 8, 16, 4, 32, 64)
-OURS = ("nm_gemv", "s24_mma", "dispatch")
+OURS = ("nm_gemv", "bitmap", "s24_mma", "dispatch")
 
 
 @dataclass
@@ -189,6 +190,17 @@ def _ours(dense: Tensor, layer: SparseLinear | None, names: tuple[str, ...]) -> 
         gemv = pack_gemv(packed, 2, 4)
         layouts = [replace(gemv, words=words) for words in copies(gemv.words)]
         yield Contender("nm_gemv", 8, gemv.bytes, [partial(nm_gemv, layout=w) for w in layouts])
+    if (
+        "bitmap" in names
+    ):  # what it takes goes with the share that is kept, half, and not with the pattern
+        of_bits = pack_bitmap(packed)
+        several = [
+            replace(of_bits, values=v, words=w)
+            for v, w in zip(copies(of_bits.values), copies(of_bits.words), strict=False)
+        ]
+        yield Contender(
+            "bitmap", 16, of_bits.bytes, [partial(bitmap_gemv, layout=one) for one in several]
+        )
     if "s24_mma" in names:
         s24 = pack_s24(packed)
         held = [replace(s24, words=words) for words in copies(s24.words)]

@@ -90,13 +90,15 @@ def _arguments() -> argparse.Namespace:
 def _cases(
     device: torch.device, patterns: list[str], dtypes: list[torch.dtype], small: bool
 ) -> Iterator[Case]:
-    """A layer of each shape, pattern and dtype."""
+    """A layer of each shape, pattern and dtype; `50%` is any mask that keeps half."""
     shapes = {"small": (64, 256)} if small else {**SHAPES, **APART}
     for pattern, dtype in product(patterns, dtypes):
-        n, m = map(int, pattern.split(":"))
+        n, _, m = pattern.partition(":")
+        share = int(n) / int(m) if m else int(n.removesuffix("%")) / 100
+        held = pattern if m else "unstructured"
         for rows, columns in shapes.values():
-            kept = rows * columns // m * n
-            yield Case((rows, columns), kept, dtype, device, pattern, "rows", False, 1, False)
+            kept = round(rows * columns * share)
+            yield Case((rows, columns), kept, dtype, device, held, "rows", False, 1, False)
 
 
 def _kernels(case: Case) -> list[Measured[Any]]:

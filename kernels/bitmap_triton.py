@@ -72,7 +72,7 @@ def bitmap_kernel(  # type: ignore[no-untyped-def]
                 now = tl.where(first == 0, tl.load(offsets + of * turns + turn), before[r])
             before = before[:r] + (now,) + before[r + 1 :]
         for i in tl.static_range(WORDS):
-            inputs = ()
+            inputs = sums[:0]
             for j in tl.static_range(4):
                 for tile in tl.static_range(TILES):
                     at = at_x + ((32 * i + j) * TILES + tile) * TOKENS

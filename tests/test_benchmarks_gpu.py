@@ -50,13 +50,14 @@ def test_the_whole_script_is_rehearsed_without_datasets(root: Path, tmp_path: Pa
         json.loads((out / f"{name}.json").read_text())
         for name in ("correct", "few_tokens", "end_to_end")
     )
-    assert correct["right"] == {"s24_mma": True, "nm_gemv": True, "dispatch": True}
-    assert [part["cases"] for part in correct["parts"].values()] == [0, 0, 0, 0, 2, 2, 2]
+    assert correct["right"] == dict.fromkeys(("s24_mma", "nm_gemv", "bitmap", "dispatch"), True)
+    assert [part["cases"] for part in correct["parts"].values()] == [0, 0, 0, 0, 2, 2, 2, 2, 2]
     found = [(row["shape"], row["tokens"], row["kernel"]) for row in few["rows"]]
-    with_others = ("dense", "int8", "int4", "nm_gemv", "dispatch")
+    ours = ("nm_gemv", "bitmap", "dispatch")
+    with_others = ("dense", "int8", "int4", *ours)
     assert found == [
         (shape, tokens, kernel)
-        for shape, kernels in (("small", with_others), ("ragged", ("dense", "nm_gemv", "dispatch")))
+        for shape, kernels in (("small", with_others), ("ragged", ("dense", *ours)))
         for tokens in (1, 3)
         for kernel in kernels
     ]
