@@ -10,7 +10,7 @@ through words of several rows with the same inputs. The warps of a program, and 
 share out the columns. Sums are float32 and always in the same order.
 
 Instruction slots per weight, counted for sm_90 (benchmarks/slots.py): 8.2 for one token, 7.6 at 16:32, 17.3
-for eight tokens, 26.5 for sixteen. While it reads 9 bits at 90% of its bandwidth an H200 has 7.7, a 3090 24,
+for eight tokens, 25.5 for sixteen. While it reads 9 bits at 90% of its bandwidth an H200 has 7.7, a 3090 24,
 a 4090 51: it is made for cards with GDDR memory.
 
 State: equal to the reference in Triton's interpreter, also for matrices that no tile divides; compiles

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -99,3 +100,16 @@ def test_every_variant_compiles(tmp_path: Path, root: Path) -> None:
     for job, one in zip(jobs, found(jobs, tmp_path, root), strict=True):
         no_detours(one)
         assert one.stack <= 16, job
+
+
+def test_the_counted_slots_are_those_of_the_gate(root: Path) -> None:
+    """benchmarks/results/slots_bitmap.json is of every case that is bounded here."""
+    result = json.loads((root / "benchmarks" / "results" / "slots_bitmap.json").read_text())
+    most = {(t, f"{n}:32" if n else "any"): bound for (t, n), bound in BITMAP.items()}
+    for arch in (80, 89, 90, 100):
+        of = [row for row in result["rows"] if row["arch"] == arch]
+        assert [(row["tokens"], row["pattern"]) for row in of] == list(most)
+        for row, bound in zip(of, most.values(), strict=True):
+            assert row["spilled_bytes"] <= 16
+            assert row["slots_per_weight"] <= (bound if arch == 90 else BUDGET_4090)
+    assert " + changes" not in result["commit"]
