@@ -25,18 +25,18 @@ def bitmap_kernel(  # type: ignore[no-untyped-def]
     offsets,  # int32 or int64 [rows, turns]: where the values of a turn begin; anything with N
     x,  # [256 * turns, TILES * TOKENS]
     bias,  # [rows], or anything without BIAS
-    y,  # [tokens, rows]; with SPLIT > 1 float32 [SPLIT, tokens, rows]
+    y,  # [tokens, rows]; with a split float32 [split, tokens, rows]
     rows,
     turns,  # of 256 columns
     tokens,
     of_row,  # values of a row, with N
+    split,  # programs for the same rows; no constant, for each would be compiled apart
     N: tl.constexpr,  # values of every 32 columns; 0: any number
     ROWS: tl.constexpr,  # that a lane goes through at once, with the same inputs
     TOKENS: tl.constexpr,  # 1, 2 or 4: what a lane reads of x at once
     TILES: tl.constexpr,  # 1, 2 or 4 of that
     WORDS: tl.constexpr,  # 1, 2, 4 or 8: of a row that a lane goes through at once
     WARPS: tl.constexpr,
-    SPLIT: tl.constexpr,
     EVEN: tl.constexpr,  # every warp has a turn each time
     BIAS: tl.constexpr,
 ):
@@ -54,10 +54,10 @@ def bitmap_kernel(  # type: ignore[no-untyped-def]
     sums = (tl.zeros([WARPS * 32, TOKENS], tl.float32),) * (ROWS * TILES)
     before = (tl.zeros([WARPS * 32], tl.int32 if N else offsets.dtype.element_ty),) * ROWS
     begin = tl.program_id(1) * WARPS
-    most = tl.cdiv(turns - begin, WARPS * SPLIT)  # turns that a warp takes
+    most = tl.cdiv(turns - begin, WARPS * split)  # turns that a warp takes
     # One loop over parts of turns, not one loop in another; all of a turn at once compiles for half a minute.
     for step in range(most * (8 // WORDS)):
-        turn = begin + step // (8 // WORDS) * (WARPS * SPLIT) + thread // 32
+        turn = begin + step // (8 // WORDS) * (WARPS * split) + thread // 32
         first = step % (8 // WORDS) * WORDS
         live = turn < turns
         if not EVEN:

@@ -47,11 +47,20 @@ def bitmap(
         "TOKENS": launch.wide,
         "TILES": launch.tiles,
     }
-    constants |= {"WARPS": launch.warps, "SPLIT": split, "EVEN": even, "BIAS": split == 1}
+    constants |= {"WARPS": launch.warps, "EVEN": even, "BIAS": split == 1}
     unaligned = ["tokens", "of_row"] if even else ["rows", "turns", "tokens", "of_row"]
-    return Job(
-        "bitmap_triton", "bitmap_kernel", types, constants, launch.warps, arch, False, unaligned
+    types |= {"split": "i32"}
+    job = Job(
+        "bitmap_triton",
+        "bitmap_kernel",
+        types,
+        constants,
+        launch.warps,
+        arch,
+        False,
+        [*unaligned, "split"],
     )
+    return with_ones(job, "split") if split == 1 else job
 
 
 def weights(job: Job) -> int:
