@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -239,6 +240,17 @@ def test_measuring_compares_the_product_first(kernel: Measured[object]) -> None:
     assert kernel.splits((128, 300), 8) == [1]
     copies = measure._copies([torch.zeros(3), torch.zeros(4)])
     assert [len(part) for part in copies[0]] == [3, 4]
+
+
+def test_a_sweep_asks_for_any_mask_by_the_share_that_it_keeps(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    sweep = importlib.import_module("sweep")
+    cases = sweep._cases(torch.device("cuda"), ["30%", "16:32"], [torch.float16], True)
+    found = [(case.pattern, case.kept, case.shape) for case in cases]
+    assert found == [("unstructured", 4915, (64, 256)), ("16:32", 8192, (64, 256))]
+    assert bitmap_of(4915, 64 * 256) is bitmap_percent(30)
 
 
 # Layers
