@@ -94,8 +94,9 @@ def pack_bitmap(packed: Packed) -> BitmapLayout:
 
 
 def unpack_bitmap(layout: BitmapLayout) -> Packed:
-    """The inverse of `pack_bitmap`, bit for bit."""
-    return layout.packed
+    """The inverse of `pack_bitmap`, bit for bit, in memory of its own."""
+    seen = layout.packed
+    return Packed(seen.values.clone(), seen.bitmap.clone(), seen.shape)
 
 
 def pack_exact(packed: Packed, n: int) -> Tensor:

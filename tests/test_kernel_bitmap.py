@@ -84,7 +84,11 @@ def test_what_is_packed_comes_back(
         words = torch.where(some, torch.tensor(fill).to(dtype).view(width), words)
     packed = pack(torch.where(keep, words, 0).view(dtype), keep)
     layout = pack_bitmap(packed)
-    assert same(unpack_bitmap(layout), packed)
+    back = unpack_bitmap(layout)
+    assert same(back, packed)
+    assert not {back.values.data_ptr(), back.bitmap.data_ptr()} & {
+        part.data_ptr() for part in (layout.values, layout.words) if part.numel()
+    }
     assert layout.values.numel() == packed.values.numel() + BEHIND
 
 
