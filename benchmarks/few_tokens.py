@@ -55,7 +55,7 @@ from llmprune.kernels.bitmap import bitmap_gemv, pack_bitmap
 from llmprune.kernels.choice import explain
 from llmprune.kernels.gemv_layout import pack_gemv
 from llmprune.kernels.nm_gemv import nm_gemv
-from llmprune.kernels.packed import pack
+from llmprune.kernels.packed import Packed, pack
 from llmprune.kernels.s24_layout import pack_s24
 from llmprune.kernels.s24_mma import s24_mma, unavailable
 
@@ -190,17 +190,9 @@ def _ours(dense: Tensor, layer: SparseLinear | None, names: tuple[str, ...]) -> 
         gemv = pack_gemv(packed, 2, 4)
         layouts = [replace(gemv, words=words) for words in copies(gemv.words)]
         yield Contender("nm_gemv", 8, gemv.bytes, [partial(nm_gemv, layout=w) for w in layouts])
-    if (
-        "bitmap" in names
-    ):  # what it takes goes with the share that is kept, half, and not with the pattern
-        of_bits = pack_bitmap(packed)
-        several = [
-            replace(of_bits, values=v, words=w)
-            for v, w in zip(copies(of_bits.values), copies(of_bits.words), strict=False)
-        ]
-        yield Contender(
-            "bitmap", 16, of_bits.bytes, [partial(bitmap_gemv, layout=one) for one in several]
-        )
+    # Interpreted, a call of it takes a second: one shape of a rehearsal is enough.
+    if "bitmap" in names and (dense.is_cuda or tuple(dense.shape) == SMALL["ragged"]):
+        yield _any_mask(packed)
     if "s24_mma" in names:
         s24 = pack_s24(packed)
         held = [replace(s24, words=words) for words in copies(s24.words)]
@@ -210,6 +202,16 @@ def _ours(dense: Tensor, layer: SparseLinear | None, names: tuple[str, ...]) -> 
         again = len(copies(dense.flatten()[: max(1, taken // dense.element_size())]))
         layers = [layer, *(deepcopy(layer) for _ in range(again - 1))]
         yield Contender("dispatch", MANY, taken, list(layers))
+
+
+def _any_mask(packed: Packed) -> Contender:
+    """Bitmap, whose time goes with the share that is kept, a half, whatever the mask."""
+    layout = pack_bitmap(packed)
+    several = [
+        replace(layout, values=values, words=words)
+        for values, words in zip(copies(layout.values), copies(layout.words), strict=False)
+    ]
+    return Contender("bitmap", 16, layout.bytes, [partial(bitmap_gemv, layout=w) for w in several])
 
 
 def _layer(dense: Tensor) -> SparseLinear:
