@@ -221,7 +221,7 @@ def _checked(way: Way, expected: Tensor) -> Way:
     return way
 
 
-def random_words(
+def _random(
     kernel: Words, device: torch.device, sides: tuple[int, int], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Dense [out, in] and its words: a block of rows, over and over."""

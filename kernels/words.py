@@ -218,7 +218,7 @@ class Words(Measured[Tensor]):
         self, device: torch.device, sides: tuple[int, int], dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         """See `Measured.sample`."""
-        return measure.random_words(self, device, sides, dtype)
+        return measure._random(self, device, sides, dtype)
 
     def _misfit(self, case: Case) -> str | None:
         """What is wrong with the pattern or the shape."""

@@ -522,7 +522,7 @@ def test_a_random_matrix_is_laid_out_as_it_is(
     """In blocks of rows that are repeated, also where rows are left over."""
     monkeypatch.setattr(measure, "_BLOCK", 64 * 64)
     for rows in (1, 32, 33, 64, 150):
-        weight, laid = measure.random_words(kernel, CPU, (rows, 64), torch.float16)
+        weight, laid = measure._random(kernel, CPU, (rows, 64), torch.float16)
         assert weight.shape == (rows, 64)
         assert laid.shape == kernel.lay(pack(weight)).shape
         assert torch.equal(kernel.dense(laid, (rows, 64), torch.float16, False), weight)
