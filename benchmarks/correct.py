@@ -36,11 +36,18 @@ if "cpu" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ["LLMPRUNE_MEASURE"] = "0"  # what other parts measure meanwhile would say nothing
 
+from rounded import NAMES, rounded
+
 from llmprune import SparseLinear
 from llmprune.kernels.bitmap import bitmap_gemv, exact, pack_bitmap, pack_exact
 from llmprune.kernels.choice import explain
+from llmprune.kernels.few_bits import expand_few
+from llmprune.kernels.n8_mma import n8_mma, pack_n8
+from llmprune.kernels.n8_mma import unavailable as n8_unavailable
 from llmprune.kernels.nm_gemv import nm_gemv, pack_gemv
 from llmprune.kernels.packed import pack
+from llmprune.kernels.s24_bits import pack_s24_bits, s24_bits
+from llmprune.kernels.s24_bits import unavailable as bits_unavailable
 from llmprune.kernels.s24_mma import pack_gate_up, pack_s24, s24_mma, unavailable
 
 TOKENS = (1, 2, 3, 7, 8, 9, 16, 17, 33, 64)
@@ -54,12 +61,16 @@ PARTS = (
     "s24_mma float16",
     "s24_mma gate and up bfloat16",
     "s24_mma gate and up float16",
+    *(f"{name} {dtype}" for name in NAMES for dtype in ("bfloat16", "float16")),
+    *(f"n8_mma {n}:8 {dtype}" for n in (4, 3, 2) for dtype in ("bfloat16", "float16")),
     "nm_gemv bfloat16",
     "nm_gemv float16",
     "bitmap bfloat16",
     "bitmap float16",
     "dispatch bfloat16",
+    "dispatch 4:8 bfloat16",
 )
+KERNELS = ("s24_mma", "s24_bits", "n8_mma", "nm_gemv", "bitmap", "dispatch")
 THROUGH_DISPATCH = (1, 8, 9, 64, 65, 512)  # tokens; one and more pieces, expanded
 SECONDS = 95  # for all parts
 
@@ -96,8 +107,7 @@ def main() -> None:
         print(json.dumps(vars(examine(args.part, device, args.small))))
         return
     parts = _in_processes(args)
-    kernels = ("s24_mma", "nm_gemv", "bitmap", "dispatch")
-    right = {kernel: _right(parts, kernel, device) for kernel in kernels}
+    right = {kernel: _right(parts, kernel, device) for kernel in KERNELS}
     write(args.out, {**circumstances(device, args.small), "right": right, "parts": parts})
     for name, part in parts.items():
         print(f"{name:<29} {_told(part)}")
@@ -121,8 +131,8 @@ def _in_processes(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     begun = time.monotonic()
 
     def one(name: str) -> dict[str, Any]:
-        if args.device == "cpu" and name.startswith("s24_mma"):  # known without a process
-            return vars(Found(refused=unavailable(torch.device("cpu"))))
+        if args.device == "cpu" and (why := _refused(name, torch.device("cpu"))):
+            return vars(Found(refused=why))  # known without a process
         command = [sys.executable, __file__, "--device", args.device, "--part", name]
         command += ["--out", str(args.out), *(["--small"] if args.small else [])]
         most = SECONDS * (100 if args.small else 1)
@@ -138,6 +148,23 @@ def _in_processes(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(zip(PARTS, pool.map(one, PARTS), strict=True))
+
+
+def _refused(name: str, device: torch.device) -> str | None:
+    """Why the kernel of a part must not be used; tries it there."""
+    if name.startswith("s24_mma"):
+        return unavailable(device)
+    if name.startswith("s24_bits"):
+        return bits_unavailable(device)
+    if name.startswith("n8_mma"):
+        return n8_unavailable(device, _nm(name)[0])
+    return None
+
+
+def _nm(name: str) -> tuple[int, int]:
+    """The n:m of a part, 2:4 where it names none."""
+    n, _, m = next((word for word in name.split() if ":" in word), "2:4").partition(":")
+    return int(n), int(m)
 
 
 def _right(parts: dict[str, dict[str, Any]], kernel: str, device: torch.device) -> bool:
@@ -159,17 +186,16 @@ def examine(name: str, device: torch.device, small: bool) -> Found:
     """One part."""
     begun = time.monotonic()
     found, kernel = Found(), name.split()[0]
-    if kernel == "s24_mma" and (why := unavailable(device)):
+    if why := _refused(name, device):
         return replace(found, refused=why)
     dtype = getattr(torch, name.split()[-1])
     for shape in ((5, 76),) if small else SHAPES:
         for what, dense, call in _products(name, shape, dtype, device, small, found):
-            several = {
-                "s24_mma": TOKENS,
-                "nm_gemv": tuple(t for t in TOKENS if t <= 8),
-                "bitmap": FOR_BITMAP,
-                "dispatch": THROUGH_DISPATCH,
-            }[kernel]
+            several: tuple[int, ...] = THROUGH_DISPATCH
+            if kernel == "bitmap":
+                several = FOR_BITMAP
+            elif kernel != "dispatch":
+                several = tuple(t for t in TOKENS if t <= 8) if kernel == "nm_gemv" else TOKENS
             for tokens in (3,) if small else several:
                 _compare(found, f"{what} {tokens} tokens", call, dense, tokens, small)
     return replace(found, seconds=time.monotonic() - begun)
@@ -204,12 +230,25 @@ def _products(
             layout = replace(layout, values=_amid(layout.values), words=_amid(layout.words))
             yield f"{n or 'any'} of 32 {told}", [dense], partial(_by, bitmap_gemv, layout)
         return
-    gate, up = (_matrix(shape, 2, 4, dtype, device, seed) for seed in (0, 1))
+    n, m = _nm(name)
+    shape = (shape[0], shape[1] // m * m)
+    gate, up = (_matrix(shape, n, m, dtype, device, seed) for seed in (0, 1))
+    if name.startswith("n8_mma"):
+        n8 = pack_n8(pack(gate), n)
+        n8 = replace(n8, words=_amid(n8.words))
+        yield f"{n}:{m} {told}", [gate], partial(_by, n8_mma, n8)
+        return
     if name.startswith("s24_mma"):
         both = "gate and up" in name
         s24 = pack_gate_up(pack(gate), pack(up)) if both else pack_s24(pack(gate))
         apart = replace(s24, words=_amid(s24.words))
         yield told, [gate, up] if both else [gate], partial(_by, s24_mma, apart)
+        return
+    if name.startswith("s24_bits"):
+        few = rounded(gate, NAMES[name.rpartition(" ")[0]])
+        held = pack_s24_bits(few)
+        held = replace(held, words=_amid(held.words), scales=_amid(held.scales))
+        yield told, [expand_few(few)], partial(_by, s24_bits, held)
         return
     linear = torch.nn.Linear(shape[1], shape[0], bias=False, device="meta")
     linear.weight = torch.nn.Parameter(gate, requires_grad=False)

@@ -1,6 +1,7 @@
 """Sparse matrix products for few tokens against cuBLAS: first that they are right, then how long they take.
 
     python benchmarks/few_tokens.py --out FILE [--seconds 170] [--correct FILE]     on a machine with CUDA
+    python benchmarks/few_tokens.py --out FILE --pattern 3:8           another pattern than 2:4
     python benchmarks/few_tokens.py --out FILE --device cpu --small    a rehearsal, in Triton's interpreter
 
 Each kernel by itself, and `dispatch`: an llmprune.SparseLinear as users get it, whatever kernel holds it.
@@ -9,7 +10,7 @@ set against that of a copy measured in the same process. A product is compared w
 timed; one that is wrong gets no figure, and the status is 1. `--correct` leaves out the kernels that
 correct.py found wrong. Shapes are taken in turn until `--seconds` are over; the file is written after every
 shape, and says what was left out. Every loss stays in the table. `tally.py` draws means, targets and the
-first questions of the design from the rows.
+first questions of the design from the rows. To n8_mma the 2:4 matrix of the default is one of 4:8.
 
 This file is not called kernels.py: the folder of a script stands first in Python's path, and transformers
 imports a package of that name.
@@ -38,6 +39,7 @@ if "cpu" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"
 
 from baselines import DENSE, MANY, OTHERS, Contender, contenders, difference, refused
+from rounded import NAMES, contenders_of_few
 from tally import tally, told
 from timing import (
     circumstances,
@@ -54,8 +56,12 @@ from llmprune import SparseLinear
 from llmprune.kernels.bitmap import bitmap_gemv, pack_bitmap
 from llmprune.kernels.choice import explain
 from llmprune.kernels.gemv_layout import pack_gemv
+from llmprune.kernels.n8_layout import KEPT, pack_n8
+from llmprune.kernels.n8_mma import n8_mma
+from llmprune.kernels.n8_mma import unavailable as n8_unavailable
 from llmprune.kernels.nm_gemv import nm_gemv
 from llmprune.kernels.packed import Packed, pack
+from llmprune.kernels.s24_bits import unavailable as bits_unavailable
 from llmprune.kernels.s24_layout import pack_s24
 from llmprune.kernels.s24_mma import s24_mma, unavailable
 
@@ -73,7 +79,8 @@ SHAPES = {  # [out, in] of the linear layers, q, k and v as one, gate and up as 
 }
 SMALL = {"small": (64, 256), "ragged": (37, 300)}
 TOKENS = (1, 8, 16, 4, 32, 64)
-OURS = ("nm_gemv", "bitmap", "s24_mma", "dispatch")
+OURS = ("nm_gemv", "bitmap", "s24_mma", *NAMES, "n8_mma", "dispatch")
+PATTERNS = {"2:4": (2, 4), **{f"{n}:8": (n, 8) for n in KEPT}}
 
 
 @dataclass
@@ -87,12 +94,14 @@ class Bench:
         others: the baselines that run here.
         wrong: products that were not right, one line each.
         lost: what could not be measured, and why.
+        nm: n and m of the matrices.
     """
 
     device: torch.device
     copied: float
     ours: tuple[str, ...]
     others: tuple[str, ...]
+    nm: tuple[int, int] = (2, 4)
     wrong: list[str] = field(default_factory=list)
     lost: dict[str, str] = field(default_factory=dict)
 
@@ -102,19 +111,22 @@ def main() -> None:
     args = _arguments()
     device, begun = torch.device(args.device), time.monotonic()
     shapes = SMALL if args.small else SHAPES
+    shapes = {k: s for k, s in shapes.items() if s[1] % PATTERNS[args.pattern][1] == 0}
     found = (
         json.loads(args.correct.read_text()) if args.correct and args.correct.is_file() else None
     )
-    against = _against(found, device)
+    against = _against(found, device, args.pattern)
     others = refused(device)
     bench = Bench(
         device,
         copy_speed(device, args.small),
         tuple(name for name in OURS if name not in against),
         tuple(name for name in OTHERS if others[name] is None),
+        PATTERNS[args.pattern],
     )
     result: dict[str, Any] = {
         **circumstances(device, args.small),
+        "pattern": args.pattern,
         "copy_gb_per_s": bench.copied,
         "matmul_tflops": matmul_rate(device, args.small),
         "not_here": {**against, **{name: why for name, why in others.items() if why}},
@@ -147,17 +159,26 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="a rehearsal with tiny shapes")
     parser.add_argument("--seconds", type=float, default=170, help="when to begin no further shape")
+    parser.add_argument("--pattern", choices=list(PATTERNS), default="2:4")
     parser.add_argument("--correct", type=Path, help="what correct.py wrote")
     return parser.parse_args()
 
 
-def _against(correct: dict[str, Any] | None, device: torch.device) -> dict[str, str]:
+def _against(
+    correct: dict[str, Any] | None, device: torch.device, pattern: str = "2:4"
+) -> dict[str, str]:
     """What speaks against each kernel of ours."""
-    found = {}
-    if why := unavailable(device):
+    found, (n, m) = {}, PATTERNS[pattern]
+    of_2_4 = None if m == 4 else f"needs 2:4, not {pattern}"
+    if why := unavailable(device) or of_2_4:
         found["s24_mma"] = why
+    if why := bits_unavailable(device) or of_2_4:
+        found |= dict.fromkeys(NAMES, why)
+    if why := n8_unavailable(device, n if m == 8 else 4):
+        found["n8_mma"] = why
     if correct is not None:
-        found |= {name: "wrong, says correct.py" for name in OURS if not correct["right"][name]}
+        wrong = {name for name, right in correct["right"].items() if not right}
+        found |= {name: "wrong, says correct.py" for name in OURS if name.split()[0] in wrong}
     return found
 
 
@@ -166,10 +187,10 @@ def _shape(
 ) -> Iterator[dict[str, Any]]:
     """The rows of one shape."""
     random = torch.Generator(bench.device).manual_seed(0)
-    dense = _matrix(shape, bench.device, random)
+    dense = _matrix(shape, bench.device, random, bench.nm)
     others = bench.others if shape[1] % 128 == 0 else ()
     layer = _layer(dense) if "dispatch" in bench.ours else None
-    everyone = [*contenders(dense, others, bench.lost), *_ours(dense, layer, bench.ours)]
+    everyone = [*contenders(dense, others, bench.lost), *_ours(dense, layer, bench.ours, bench.nm)]
     for tokens in several:
         x = torch.randn(tokens, shape[1], device=bench.device, generator=random).bfloat16()
         now = _right(bench, f"{name}, {tokens} tokens", everyone, x, dense)
@@ -183,11 +204,16 @@ def _shape(
             yield {"shape": name, "size": shape, "tokens": tokens, **row, **held}
 
 
-def _ours(dense: Tensor, layer: SparseLinear | None, names: tuple[str, ...]) -> Iterator[Contender]:
+def _ours(
+    dense: Tensor,
+    layer: SparseLinear | None,
+    names: tuple[str, ...],
+    nm: tuple[int, int] = (2, 4),
+) -> Iterator[Contender]:
     """The kernels, each on copies of its own weight."""
     packed = pack(dense)
     if "nm_gemv" in names:
-        gemv = pack_gemv(packed, 2, 4)
+        gemv = pack_gemv(packed, *nm)
         layouts = [replace(gemv, words=words) for words in copies(gemv.words)]
         yield Contender("nm_gemv", 8, gemv.bytes, [partial(nm_gemv, layout=w) for w in layouts])
     # Interpreted, a call of it takes a second: one shape of a rehearsal is enough.
@@ -197,6 +223,12 @@ def _ours(dense: Tensor, layer: SparseLinear | None, names: tuple[str, ...]) -> 
         s24 = pack_s24(packed)
         held = [replace(s24, words=words) for words in copies(s24.words)]
         yield Contender("s24_mma", 64, s24.bytes, [partial(s24_mma, layout=w) for w in held])
+    yield from contenders_of_few(dense, names)
+    if "n8_mma" in names and dense.shape[1] % 8 == 0:
+        n8 = pack_n8(packed, nm[0] if nm[1] == 8 else 4)
+        of_eight = [replace(n8, words=words) for words in copies(n8.words)]
+        products = [partial(n8_mma, layout=w) for w in of_eight]
+        yield Contender(f"n8_mma {n8.n}:8", 64, n8.bytes, products)
     if layer is not None:
         taken = sum(t.nbytes for t in chain(layer.parameters(), layer.buffers()))
         again = len(copies(dense.flatten()[: max(1, taken // dense.element_size())]))
@@ -226,13 +258,9 @@ def _right(
     """Those for so many tokens that are right; the others are written down.
 
     Our error against float64 is at most twice that of the dense product, the first. A rounded weight is
-    compared with what it stands for: to 2% of the norm of the product.
+    compared with what it stands for, one of the others to 2% of the norm of the product.
     """
-    exact = x.double() @ dense.double().T
     now = [c for c in everyone if len(x) <= c.tokens]
-    most = 2 * float((now[0].products[0](x).double() - exact).abs().max())
-    if x.device.type == "cpu":  # the interpreter cuts off instead of rounding
-        most += float(exact.abs().max()) * 2**-7
     good = []
     for contender in now:
         if contender.name in OTHERS:
@@ -245,6 +273,13 @@ def _right(
                 bench.lost[f"{contender.name}, {where}"] = why
                 continue
         else:
+            weight, product = contender.stands_for, now[0].products[0]
+            if weight is not None:
+                product = partial(nn.functional.linear, weight=weight)
+            exact = x.double() @ (dense if weight is None else weight).double().T
+            most = 2 * float((product(x).double() - exact).abs().max())
+            if x.device.type == "cpu":  # the interpreter cuts off instead of rounding
+                most += float(exact.abs().max()) * 2**-7
             error = float((contender.products[0](x).double() - exact).abs().max())
             if not error <= most:  # a NaN is wrong, too
                 bench.wrong.append(
@@ -308,8 +343,20 @@ def two_of_four(weight: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def _matrix(shape: tuple[int, int], device: torch.device, random: torch.Generator) -> Tensor:
-    return two_of_four(torch.randn(shape, device=device, generator=random).bfloat16())
+def _matrix(
+    shape: tuple[int, int],
+    device: torch.device,
+    random: torch.Generator,
+    nm: tuple[int, int] = (2, 4),
+) -> Tensor:
+    weight = torch.randn(shape, device=device, generator=random).bfloat16()
+    if nm == (2, 4):
+        return two_of_four(weight)
+    for part in weight.split(2048):  # bounds the memory
+        groups = part.unflatten(1, (-1, nm[1]))
+        least = groups.abs().topk(nm[1] - nm[0], dim=-1, largest=False).indices
+        groups.scatter_(-1, least, 0)
+    return weight
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -4,7 +4,8 @@
 #   bash benchmarks/gpu.sh DIR                         on a machine with CUDA
 #   bash benchmarks/gpu.sh DIR --device cpu --small    a rehearsal without one
 #   bash benchmarks/gpu.sh DIR --pruning [...]         instead: pruning on CUDA. Tests marked gpu (with pytest),
-#       CUDA against CPU, one block against the papers' formulation, whole runs from disk to disk (4 GB of disk)
+#       CUDA against CPU, one block against the papers' formulation, the solvers' kernels and a whole model by
+#       them, whole runs from disk to disk (4 GB of disk)
 # Needs no installation: PYTHON chooses the interpreter, COMMIT says which commit it is where git does not.
 # LLMPRUNE_TOKENS=16 says that layers may be slower than dense for more than 16 tokens (docs/kernels.md).
 # The status is 1 if something was wrong or broke off; what was measured until then is in DIR all the same.
@@ -61,6 +62,7 @@ if [ "${1:-}" = --pruning ]; then
     part "CUDA against CPU" 3600 benchmarks/gpu.py --out "$out/prune_cuda.json" "$@"
     part "one block" 3600 benchmarks/speed.py --out "$out/speed_block_cuda.json" \
         --shapes 8b --windows 128 --seqlen 2048 --dtype bfloat16 --device cuda "$@"
+    part "solver kernels" 600 benchmarks/solver_kernels.py --out "$out/solver_kernels.json" "$@"
     case " $* " in *" --small "*) ended && exit 0 || exit 1 ;; esac # the runs below need a GPU
     part "a model" 3600 benchmarks/big.py make "$scratch/model" --shape 8b --blocks 4
     for method in wanda sparsegpt; do
@@ -77,8 +79,11 @@ if ! part "right" 110 benchmarks/correct.py --out "$out/correct.json" "$@"; then
 fi
 part "few tokens" 215 benchmarks/few_tokens.py --out "$out/few_tokens.json" \
     --correct "$out/correct.json" --seconds 165 "$@"
+part "experts" 75 benchmarks/experts.py --out "$out/experts.json" --seconds 45 "$@"
 part "end to end" 160 benchmarks/end_to_end.py --out "$out/end_to_end.json" --tried "$out/few_tokens.json" \
     --seconds $((whole - SECONDS < 160 ? whole - SECONDS - 35 : 125)) "${model[@]}" "$@"
+part "few tokens at 3:8" 60 benchmarks/few_tokens.py --out "$out/few_tokens_3_8.json" --pattern 3:8 \
+    --correct "$out/correct.json" --seconds 30 "$@"
 set -- "$LLMPRUNE_CACHE"/kernels/*.json # what layers measured when they were first laid out
 if [ -f "$1" ]; then
     part "what layers measured" 30 benchmarks/sweep.py --merge "$@" --out "$out/measured_by_layers.json"

@@ -53,6 +53,12 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=30, help="of one processor")
     parser.add_argument("--steps", type=int, help="instead of --minutes")
     parser.add_argument("--rate", type=float, default=RATE, help="highest learning rate")
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        default="float32",
+        help="to compute in; bfloat16 is faster only where the processor has it, else many times slower",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
     args = parser.parse_args()
@@ -74,6 +80,7 @@ def main() -> None:
         "tokens": steps * BATCH * WINDOW,
         "epochs": round(steps * BATCH * WINDOW / len(ids), 2),
         "rate": args.rate,
+        "dtype": args.dtype,
         "seed": args.seed,
         "processor seconds": round(seconds),
         "validation perplexity": round(found.perplexity, 3),
@@ -150,20 +157,25 @@ def windows(ids: Tensor, seed: int) -> Iterator[Tensor]:
         yield from cut[torch.randperm(len(cut), generator=random)].split(BATCH)
 
 
-def optimizers(model: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for embeddings, gains and biases."""
+def optimizers(model: nn.Module, rate: float, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
+    """AdamW for embeddings, gains and biases; for the matrices of the blocks Muon, which computes in bfloat16
+    whatever it is given, so that AdamW has them too where that is to be avoided.
+    """
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     matrices = [p for p in model.parameters() if p.ndim == 2 and id(p) not in tables]
     rest = [p for p in model.parameters() if p.ndim == 1 or id(p) in tables]
-    return [
-        torch.optim.Muon(matrices, lr=rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
-    ]
+    few: dict[str, Any] = {"lr": rate, "betas": (0.9, 0.95), "fused": True}
+    opts: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, weight_decay=0.0, **few)]
+    if dtype is torch.float32:
+        return [*opts, torch.optim.AdamW(matrices, weight_decay=0.1, **few)]
+    muon = torch.optim.Muon(matrices, lr=rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    return [*opts, muon]
 
 
 def train(model: Any, ids: Tensor, args: argparse.Namespace) -> int:
-    """Train in place, in bfloat16 with float32 weights; gives the number of steps."""
-    opts = optimizers(model, args.rate)
+    """Train in place, with float32 weights; gives the number of steps."""
+    dtype = getattr(torch, args.dtype)
+    opts = optimizers(model, args.rate, dtype)
     model.train()
     steps, begun = args.steps, 0.0
     short = steps is not None and steps < COMPILED
@@ -178,7 +190,7 @@ def train(model: Any, ids: Tensor, args: argparse.Namespace) -> int:
         for opt in opts:
             for group in opt.param_groups:  # warming up until the length is known
                 group["lr"] = args.rate * schedule((step + 1) / (steps or 100 * TIMED))
-        loss = loss_of(model, batch)
+        loss = loss_of(model, batch, dtype)
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for opt in opts:

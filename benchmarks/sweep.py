@@ -1,6 +1,7 @@
 """The table that ships for a GPU: warps and split of every kernel, over the shapes of common models.
 
     python benchmarks/sweep.py --out kernels/measured/h200.json [--seconds 540]     on a machine with CUDA
+    python benchmarks/sweep.py --out kernels/measured/h200.json --patterns 4:8 3:8 2:8    what n8_mma holds
     python benchmarks/sweep.py --merge A.json B.json --out C.json          several runs as one table
 
 Measures as llmprune.kernels.tune does (kernels/tuning.py), shape by shape, without a model; what is measured
@@ -23,11 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from experts import MIXTURES
 from few_tokens import SHAPES
 
-from llmprune.kernels import gpu, measure, table, tuning
+from llmprune.kernels import experts, experts_measure, gpu, measure, table, tuning
 from llmprune.kernels.choice import offered
-from llmprune.kernels.interface import Case
+from llmprune.kernels.experts_table import matrix_of
+from llmprune.kernels.interface import Case, Mixture
 from llmprune.kernels.measure import Bench, Way
 from llmprune.kernels.words import Measured
 
@@ -99,6 +102,12 @@ def _cases(
         for rows, columns in shapes.values():
             kept = round(rows * columns * share)
             yield Case((rows, columns), kept, dtype, device, held, "rows", False, 1, False)
+        for mixture in MIXTURES.values() if pattern == "2:4" and not small else ():
+            number, hidden, inside = mixture.experts, mixture.hidden, mixture.intermediate
+            for shape in ((2 * inside, hidden), (hidden, inside)):
+                kept = number * shape[0] * shape[1] // 2
+                plain = Case(shape, kept, dtype, device, pattern, "rows", False, 1, False)
+                yield Mixture(**vars(plain), experts=number, each=mixture.chosen)
 
 
 def _kernels(case: Case) -> list[Measured[Any]]:
@@ -109,6 +118,9 @@ def _kernels(case: Case) -> list[Measured[Any]]:
 def _known(found: table.Table, case: Case, tokens: set[int]) -> bool:
     """Whether every kernel that can do it is in the table already, for all `tokens`."""
     device = gpu.whole(case.device)
+    if isinstance(case, Mixture):
+        fit = experts.S24_EXPERTS.unfit(case) is None
+        return fit and tokens <= found.timings.get(matrix_of(case), {}).keys()
     matrices = [kernel.matrix(device, case.sides, case.dtype) for kernel in _kernels(case)]
     return bool(matrices) and all(tokens <= found.timings.get(m, {}).keys() for m in matrices)
 
@@ -132,6 +144,12 @@ def _compile_apart(args: argparse.Namespace, seconds: float) -> None:
 def _compile(cases: list[Case], tokens: list[int]) -> None:
     """Every launch of every kernel for `cases`, once."""
     for case in cases:
+        if isinstance(case, Mixture):
+            if experts.S24_EXPERTS.unfit(case) is None:
+                mixture = experts_measure.Bench(case)
+                for count in tokens:
+                    mixture.time(count, mixture.launches(), _untimed)
+            continue
         for kernel in _kernels(case):
             bench = Bench(kernel, gpu.whole(case.device), case.sides, case.dtype)
             for count in tokens:

@@ -18,14 +18,17 @@ LOSS = 0.98
 FAMILIES = ("Llama-3-8B", "Llama-3-70B")
 MANY = 10**9  # behind every number of tokens
 FEW = 16  # tokens that the targets are about
+BEYOND = {"s24_bits int8": 2.4, "s24_bits int4": 3.3, "n8_mma 4:8": 1.35, "n8_mma 3:8": 1.65}
+"""Targets for an H200, 1 to 16 tokens, layers of 100 MB and more."""
 
 
 def tally(rows: list[Row], hot: dict[str, Any] | None, result: dict[str, Any]) -> dict[str, Any]:
     """Means, losses, targets and answers, from `rows` and what `result` says beside them."""
+    of_2_4 = result.get("pattern", "2:4") == "2:4"
     return {
         "geometric_means": means(rows),
         "losses": losses(rows),
-        "targets": targets(rows),
+        "targets": {**(targets(rows) if of_2_4 else {}), **targets_beyond(rows)},
         "questions": questions(rows, hot, result),
     }
 
@@ -77,6 +80,19 @@ def targets(rows: list[Row]) -> dict[str, Row]:
         "1 to 16 tokens, geometric mean over the Llama shapes": _target(1.35, mean),
         "any shape and number of tokens": _target(LOSS, worst),
     }
+
+
+def targets_beyond(rows: list[Row]) -> dict[str, Row]:
+    """The targets for an H200 of fewer bits and of other patterns, of those that were measured."""
+    few = [row for row in _llama(rows) if row["tokens"] <= FEW]
+    large = [row for row in few if 2 * row["size"][0] * row["size"][1] >= LARGE]
+    found = {}
+    for kernel, wanted in BEYOND.items():
+        gains = [row["against_dense"] for row in large if row["kernel"] == kernel]
+        if gains:
+            name = f"{kernel}, 1 to 16 tokens, layers of 100 MB and more, each"
+            found[name] = _target(wanted, min(gains))
+    return found
 
 
 def _target(wanted: float, measured: float | None) -> Row:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,14 +13,14 @@ from llmprune.kernels.bitmap_layout import WORD
 from llmprune.kernels.cusparselt import CuSparseLt
 from llmprune.kernels.dense import Dense
 from llmprune.kernels.expand import Expand
-from llmprune.kernels.held import S24_MMA, gemv
+from llmprune.kernels.held import S24_MMA, gemv, n8
 from llmprune.kernels.held_bitmap import Bitmap, bitmap_n, bitmap_of, bitmap_percent
-from llmprune.kernels.interface import Case, Kernel, Sparse
+from llmprune.kernels.interface import Case, Kernel, Mixture, Sparse
 from llmprune.kernels.table import counted
-from llmprune.kernels.words import Measured
+from llmprune.kernels.words import Measured, Words
 
 SETTING = "LLMPRUNE_KERNEL"  # environment variable: as `prefer`
-NAMES = ("cusparselt", "s24_mma", "nm_gemv", "bitmap", "dense", "expand")
+NAMES = ("cusparselt", "s24_mma", "n8_mma", "nm_gemv", "bitmap", "dense", "expand")
 
 
 def _slower(case: Case) -> bool:
@@ -32,6 +33,12 @@ EXPAND: Kernel = Expand()
 DENSE: Kernel = Dense(_slower)
 KERNELS: list[Kernel] = [CuSparseLt(), S24_MMA, DENSE, EXPAND]
 """The preferred first; `expand`, which takes everything, is last. Those of a pattern are before `dense`."""
+FAMILIES: dict[str, Callable[[int, int], Words | None]] = {
+    "n8_mma": n8,
+    "nm_gemv": lambda n, m: None if m == WORD else gemv(n, m),
+    "bitmap": lambda n, m: bitmap_n(n) if m == WORD else None,
+}
+"""Kernels of which there is one for each n:m that they know, or None; the preferred first."""
 
 _preferred: str | None = None
 
@@ -66,7 +73,7 @@ class Explanation:
 
 
 def find(name: str) -> Kernel:
-    """The kernel called `name`: "s24_mma", "nm_gemv 4:8".
+    """The kernel called `name`: "s24_mma", "n8_mma 4:8".
 
     Raises:
         ValueError: when there is none.
@@ -74,13 +81,14 @@ def find(name: str) -> Kernel:
     for kernel in KERNELS:
         if kernel.name == name:
             return kernel
-    if found := re.fullmatch(r"nm_gemv (\d{1,2}):(\d{1,2})", name):
-        return gemv(int(found[1]), int(found[2]))
-    if found := re.fullmatch(r"bitmap (\d{1,2}):32", name):
-        return bitmap_n(int(found[1]))
     if found := re.fullmatch(r"bitmap (\d{1,3})%", name):
         return bitmap_percent(int(found[1]))
-    known = [*(kernel.name for kernel in KERNELS), "nm_gemv n:m", "bitmap n:32", "bitmap p%"]
+    if (found := re.fullmatch(r"(\w+) (\d{1,2}):(\d{1,2})", name)) and found[1] in FAMILIES:
+        kernel_of = FAMILIES[found[1]](int(found[2]), int(found[3]))
+        if kernel_of is not None:
+            return kernel_of
+    known = [*(kernel.name for kernel in KERNELS), "n8_mma n:8", "nm_gemv n:m"]
+    known += ["bitmap n:32", "bitmap p%"]
     raise ValueError(f"no kernel {name!r}; known: {', '.join(known)}")
 
 
@@ -129,10 +137,9 @@ def _of_patterns(case: Case) -> list[Kernel]:
     any_mask = bitmap_of(case.kept, rows * columns)
     if case.nm is None:
         return [any_mask]
-    n, m = case.nm
-    groups = bitmap_n(n) if m == WORD else gemv(n, m)
-    alone = groups.static(case) is None and preferred() != any_mask.name.split()[0]
-    return [groups] if alone else [groups, any_mask]
+    groups = [kernel for of in FAMILIES.values() if (kernel := of(*case.nm)) is not None]
+    fit = any(kernel.static(case) is None for kernel in groups)
+    return [*groups] if fit and preferred() != any_mask.name.split()[0] else [*groups, any_mask]
 
 
 def _for_groups(case: Case) -> list[Measured[Any]]:
@@ -173,7 +180,7 @@ def explain(layer: Sparse, tokens: int) -> Explanation:
     """Which kernel holds a layer, and what it does for inputs of `tokens` tokens.
 
     Args:
-        layer: an `llmprune.SparseLinear`, or a matrix of packed experts.
+        layer: an `llmprune.SparseLinear`, a parameter of packed experts, or one of its matrices.
         tokens: product of the leading dimensions of the inputs, zero or more.
 
     Raises:
@@ -185,6 +192,10 @@ def explain(layer: Sparse, tokens: int) -> Explanation:
         raise ValueError(f"tokens are {tokens}; give zero or more")
     case = layer.case(tokens)
     held: str | None = getattr(layer, "kernel", None)
+    if isinstance(case, Mixture):
+        from llmprune.kernels import experts
+
+        return experts.explain(case, held)
     kernel = None if held is None else find(held)
     refused = dict[str, str]()
     for other in offered(case):  # no further than need be: to ask a kernel may be to try it

@@ -1,7 +1,7 @@
 """Dense matrices from what layers hold on a GPU, without the host waiting: for cuBLAS, and for `weight`.
 
 Triton kernels, each equal to a function in plain torch, which stands in where Triton is missing or fails its
-trial: `packed_torch.expand`, `dense_s24`, `dense_gemv`.
+trial: `packed_torch.expand`, `dense_s24`, `dense_n8`, `dense_gemv`.
 
 State: equal to those, bit for bit, in Triton's interpreter; compiles offline for sm_80 to sm_120
 (tests/test_kernel_expanding.py, tests/test_kernel_codegen.py). **It has not run on a GPU**; block sizes are
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import gpu
 from .gemv_layout import LANES, GemvLayout, dense_gemv, pack_gemv
+from .n8_layout import N8Layout, dense_n8, pack_n8
 from .nm_gemv import on_device_of
 from .packed import Packed, pack, unpack_rows
 from .s24_layout import COLUMNS, ROWS, S24Layout, dense_s24, pack_s24
@@ -70,6 +71,20 @@ def from_s24(layout: S24Layout) -> Tensor:
     return out
 
 
+def from_n8(layout: N8Layout) -> Tensor:
+    """The dense matrix [rows, columns] by Triton; equals `dense_n8`."""
+    from .n8_triton import n8_kernel
+
+    rows, columns = layout.shape
+    out = layout.words.new_empty(layout.shape, dtype=layout.dtype)
+    chunks = layout.words.shape[1]
+    with on_device_of(out):
+        n8_kernel[(-(-rows // ROWS), chunks)](
+            layout.words, out.view(torch.int64), rows, columns // 4, chunks, N=layout.n
+        )
+    return out
+
+
 def from_gemv(layout: GemvLayout) -> Tensor:
     """The dense matrix [rows, columns] by Triton; equals `dense_gemv`."""
     from .expand_triton import gemv_kernel
@@ -93,7 +108,7 @@ def from_gemv(layout: GemvLayout) -> Tensor:
     return out
 
 
-def dense_of(packed: Packed | S24Layout | GemvLayout) -> Tensor:
+def dense_of(packed: Packed | S24Layout | N8Layout | GemvLayout) -> Tensor:
     """The dense matrix [rows, columns], bit for bit, the quickest way that works where it is."""
     if isinstance(packed, Packed):
         values = packed.values
@@ -103,6 +118,8 @@ def dense_of(packed: Packed | S24Layout | GemvLayout) -> Tensor:
     by_triton = unavailable(gpu.whole(packed.words.device)) is None
     if isinstance(packed, S24Layout):
         return from_s24(packed) if by_triton else dense_s24(packed)[0]
+    if isinstance(packed, N8Layout):
+        return from_n8(packed) if by_triton else dense_n8(packed)
     return from_gemv(packed) if by_triton else dense_gemv(packed)
 
 
@@ -123,7 +140,7 @@ def unavailable(device: torch.device) -> str | None:
 def _wrong(device: torch.device) -> str | None:
     """The first of a few small expansions that is not that of plain torch."""
     random = torch.Generator().manual_seed(0)
-    groups = torch.randn(40, 70, 4, generator=random)
+    groups = torch.randn(40, 72, 4, generator=random)
     dense = groups.scatter(-1, groups.abs().topk(2, dim=-1, largest=False).indices, 0)
     packed = pack(dense.flatten(1).bfloat16().to(device))
     expected = unpack_rows(packed, 0, 40, 0)
@@ -132,6 +149,7 @@ def _wrong(device: torch.device) -> str | None:
         "bitmap": from_bitmap(packed),
         "s24_mma": from_s24(pack_s24(packed)),
         "nm_gemv": from_gemv(gemv),
+        "n8_mma": from_n8(pack_n8(packed, 4)),
     }
     for name, given in found.items():
         if not torch.equal(given.view(torch.int16), expected.view(torch.int16)):

@@ -1,4 +1,4 @@
-"""The kernels for n:m that layers are held in: `nm_gemv` of each n:m, and `s24_mma`."""
+"""The kernels for n:m that layers are held in: `s24_mma`, `n8_mma` of three n:8, `nm_gemv` of each n:m."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from llmprune.kernels import gpu, nm_gemv, s24_mma
+from llmprune.kernels import gpu, n8_mma, nm_gemv, s24_mma
 from llmprune.kernels.expanding import dense_of
 from llmprune.kernels.gemv_layout import LANES, Chunk, GemvLayout, dense_gemv, pack_gemv
 from llmprune.kernels.interface import Case
+from llmprune.kernels.n8_layout import KEPT, N8Layout, dense_n8, pack_n8
 from llmprune.kernels.packed import Packed
 from llmprune.kernels.s24_layout import COLUMNS, S24Layout, dense_s24, pack_s24
 from llmprune.kernels.words import Words
@@ -66,6 +67,59 @@ class S24(Words):
     def splits(self, sides: tuple[int, int], warps: int) -> list[int]:
         """See `Words.splits`: a chunk of columns for each warp, or for each four that share them."""
         return splits(-(-sides[0] // 32), -(-sides[1] // COLUMNS) // max(1, warps // 4))
+
+
+class N8(Words):
+    """2:8, 3:8 and 4:8 on dense tensor cores."""
+
+    m = 8
+    tokens = n8_mma.TOKENS
+    revision = n8_mma.REVISION
+
+    def __init__(self, n: int) -> None:
+        """One for each n: the layout depends on it."""
+        self.n = n
+        self.name = f"n8_mma {n}:8"
+        self.about = (
+            f"reads {1 + 2 * n} bits per weight and decodes them for tensor cores, "
+            f"up to {self.tokens} tokens"
+        )
+
+    def unavailable(self, device: torch.device) -> str | None:
+        """See `Words.unavailable`."""
+        return n8_mma.unavailable(device, self.n)
+
+    def launches(self, device: torch.device) -> bool:
+        """Triton's interpreter knows no Gluon."""
+        return device.type == "cuda" and gpu.launches(device)
+
+    def lay(self, packed: Packed) -> Tensor:
+        """See `Words.lay`."""
+        return pack_n8(packed, self.n).words
+
+    def dense(
+        self, words: Tensor, shape: tuple[int, int], dtype: torch.dtype, slots: bool
+    ) -> Tensor:
+        """See `Words.dense`."""
+        layout = N8Layout(words, shape, dtype, self.n)
+        return dense_n8(layout, True) if slots else dense_of(layout)
+
+    def product(
+        self,
+        x: Tensor,
+        words: Tensor,
+        bias: Tensor | None,
+        shape: tuple[int, int],
+        warps: int | None = None,
+        split: int | None = None,
+    ) -> Tensor:
+        """See `Words.product`."""
+        layout = N8Layout(words, shape, x.dtype, self.n)
+        return n8_mma.n8_mma(x, layout, bias, warps=warps, split=split)
+
+    def splits(self, sides: tuple[int, int], warps: int) -> list[int]:
+        """See `Words.splits`: as those of `s24_mma`, whose programs are of the same size."""
+        return S24_MMA.splits(sides, warps)
 
 
 class Gemv(Words):
@@ -135,6 +189,12 @@ def splits(programs: int, most: int) -> list[int]:
 
 
 S24_MMA = S24()
+
+
+@cache
+def n8(n: int, m: int) -> N8 | None:
+    """The one for n of m, if there is one."""
+    return N8(n) if m == N8.m and n in KEPT else None
 
 
 @cache

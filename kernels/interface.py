@@ -127,3 +127,16 @@ class Sparse(Protocol):
 
     def case(self, tokens: int) -> Case:
         """What a kernel would be asked to do for inputs of so many tokens."""
+
+
+@dataclass(frozen=True)
+class Mixture(Case):
+    """The products of one parameter of fused experts; `shape` is that of each of its stored matrices.
+
+    Attributes:
+        experts: how many there are.
+        each: to how many of them a token is routed.
+    """
+
+    experts: int
+    each: int

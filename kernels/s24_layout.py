@@ -27,7 +27,7 @@ from .slots import from_slots, row_blocks, slots
 
 ROWS, COLUMNS = 16, 256  # of a chunk
 TILES = 2  # of 16 rows that a warp takes together; the rows are padded to whole pairs
-_BLOCK = ROWS * TILES
+NOTHING = 0x44444444  # places 0 and 1, where there is no matrix: they have to increase
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def dense_s24(layout: S24Layout, ones: bool = False) -> list[Tensor]:
         tiles = layout.words[i::matrices]
         blocks = row_blocks(rows, columns, ROWS)
         for row in blocks:
-            values, places = _read(tiles[row // ROWS : (row + blocks.step) // ROWS], layout.dtype)
+            values, places = read(tiles[row // ROWS : (row + blocks.step) // ROWS], layout.dtype)
             values = torch.ones_like(values) if ones else values
             groups = columns // 4
             whole = from_slots(values[:, :groups], places[:, :groups], 4)
@@ -115,19 +115,17 @@ def _pack(matrices: list[Packed], even: int) -> S24Layout:
     for i, packed in enumerate(matrices):
         dense = unpack(packed)
         into = words[i :: len(matrices)]
-        into[:, :, 0] = (
-            0x44444444  # places 0 and 1, where there is no matrix: they have to increase
-        )
+        into[:, :, 0] = NOTHING
         blocks = row_blocks(rows, columns, ROWS)
         for row in blocks:
             keep = unpack_bits(packed.bitmap[row : row + blocks.step], columns)
             values, places = slots(dense[row : row + blocks.step], 2, 4, keep)
-            _write(into[row // ROWS : (row + blocks.step) // ROWS], values, places)
+            write(into[row // ROWS : (row + blocks.step) // ROWS], values, places)
     return S24Layout(words, (rows, columns), matrices[0].values.dtype, len(matrices) == 2)
 
 
-def _write(words: Tensor, values: Tensor, places: Tensor) -> None:
-    """Write the slots [rows, groups, 2] into the `words` of their tiles."""
+def write(words: Tensor, values: Tensor, places: Tensor) -> None:
+    """Write the slots [rows, groups, 2], values of 16 bits, into the `words` of their tiles."""
     rows, groups, _ = values.shape
     chunks = words.shape[1]
     tiles = -(-rows // ROWS)
@@ -147,8 +145,8 @@ def _write(words: Tensor, values: Tensor, places: Tensor) -> None:
     words[:tiles, :, 0] = meta
 
 
-def _read(words: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The inverse of `_write`: slots [tiles * 16, chunks * 64, 2]."""
+def read(words: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The inverse of `write`: slots [tiles * 16, chunks * 64, 2]."""
     tiles, chunks = words.shape[:2]
     shape = (tiles * ROWS, chunks * COLUMNS // 4, 2)
     values = words[:, :, 1:].reshape(tiles, chunks, 8, 8, 2, 2, 2, 2)

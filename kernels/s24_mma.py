@@ -65,8 +65,8 @@ def s24_mma(
     rows, tokens = layout.shape[0], x.shape[0]
     tiles, chunks = layout.words.shape[:2]
     warps, eights = warps or _WARPS, 1 << (-(-tokens // 8) - 1).bit_length()
-    across = 1 if layout.gated else _across(eights, warps, tiles)
-    programs, along = tiles // (TILES * across), warps // across
+    beside = 1 if layout.gated else across(eights, warps, tiles)
+    programs, along = tiles // (TILES * beside), warps // beside
     split = split or max(1, min(_PROGRAMS // programs, chunks // along))
     share = -(-chunks // split)
     y = x.new_empty((tokens, rows))
@@ -76,7 +76,7 @@ def s24_mma(
     with on_device_of(x):
         s24_kernel[(programs, split)](
             layout.words,
-            _words(x, chunks * COLUMNS),
+            words_of(x, chunks * COLUMNS),
             y if bias is None else bias.contiguous(),
             parts,
             chunks,
@@ -84,7 +84,7 @@ def s24_mma(
             tokens,
             rows,
             WARPS=warps,
-            ACROSS=across,
+            ACROSS=beside,
             TILES=TILES,
             EIGHTS=eights,
             HALF="bf16" if layout.dtype is torch.bfloat16 else "f16",
@@ -97,17 +97,17 @@ def s24_mma(
         return y if split == 1 else add_parts(parts, y, bias, layout.gated)
 
 
-def _across(eights: int, warps: int, tiles: int) -> int:
-    """How many warps of a program take rows of their own, and not columns.
+def across(eights: int, warps: int, tiles: int, each: int = TILES) -> int:
+    """How many warps of a program take rows of their own, `each` tiles, and not columns.
 
     Every program reads all inputs of its columns: with 32 rows each, at 28672 x 4096 and 64 tokens, 470 MB
     from the L2 cache beside 132 MB of weights. Four warps that take the same columns at the same time read
     them once. A prediction (benchmarks/notes.md), not measured; of few tokens there is little to read.
     """
-    across = min(eights, 4, warps)
-    while tiles % (TILES * across):
-        across //= 2
-    return across
+    beside = min(eights, 4, warps)
+    while tiles % (each * beside):
+        beside //= 2
+    return beside
 
 
 def s24_mma_reference(x: Tensor, layout: S24Layout, bias: Tensor | None = None) -> Tensor:
@@ -164,7 +164,7 @@ def _wrong(device: torch.device) -> str | None:
 _TRIALS = [(1, 32, 2048, 1, False), (20, 120, 1100, 2, False), (33, 40, 2048, 1, True)]
 
 
-def _words(x: Tensor, columns: int) -> Tensor:
+def words_of(x: Tensor, columns: int) -> Tensor:
     """X as int32 [tokens, columns / 2], filled up with zeros, on an address that 16 bytes divide."""
     if x.shape[1] < columns:
         x = torch.nn.functional.pad(x, (0, columns - x.shape[1]))

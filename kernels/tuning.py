@@ -5,19 +5,21 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 
-from llmprune.kernels import gpu, measure
+from llmprune.kernels import experts, experts_measure, gpu, measure
 from llmprune.kernels.choice import offered
-from llmprune.kernels.interface import Case
+from llmprune.kernels.experts_table import matrix_of
+from llmprune.kernels.interface import Case, Mixture
 from llmprune.kernels.measure import Bench, Timer
 from llmprune.kernels.table import Matrix, Table, Timing, counted, current, keep
 from llmprune.kernels.words import Measured
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-_Job = tuple[Measured[Any], torch.device, tuple[int, int], torch.dtype]
+_Job = Callable[[], Bench | experts_measure.Bench]
 
 
 def tune(model: torch.nn.Module, tokens: Iterable[int] = TOKENS, seconds: float = 300) -> Table:
@@ -76,7 +78,7 @@ def measured(
         def run(
             job: _Job = job, matrix: Matrix = matrix, steps: Iterator[int] = steps
         ) -> list[Timing]:
-            bench, found = Bench(*job), list[Timing]()
+            bench, found = job(), list[Timing]()
             for step, count in zip(steps, tokens, strict=True):
                 if found and clock() - begun >= seconds:
                     table.notes.append(
@@ -100,8 +102,11 @@ def measured(
 
 
 def _cases(model: torch.nn.Module) -> Iterator[Case]:
-    """Of all packed layers."""
+    """Of all packed layers and experts."""
     for module in model.modules():
+        stacked: Any = getattr(module, "cases", None)
+        if callable(stacked):
+            yield from (found for found in stacked(1) if isinstance(found, Mixture))
         case: Any = getattr(module, "case", None)
         if callable(case) and hasattr(module, "kernel"):
             found = case(1)
@@ -113,6 +118,15 @@ def _jobs(cases: Iterable[Case]) -> tuple[dict[Matrix, _Job], list[str]]:
     """What is to be measured, each once, and a note on each case for which there is nothing."""
     jobs, notes = dict[Matrix, _Job](), dict[str, None]()
     for case in cases:
+        if isinstance(case, Mixture):
+            if (why := experts.S24_EXPERTS.unfit(case)) is None:
+                jobs.setdefault(matrix_of(case), partial(experts_measure.Bench, case))
+            else:
+                shape = " x ".join(map(str, (case.experts, *case.sides)))
+                notes[f"not measured: {shape} {case.pattern}: {experts.S24_EXPERTS.name} {why}"] = (
+                    None
+                )
+            continue
         reasons = []
         for kernel in offered(case):
             if not isinstance(kernel, Measured):
@@ -121,7 +135,7 @@ def _jobs(cases: Iterable[Case]) -> tuple[dict[Matrix, _Job], list[str]]:
             if why is None:
                 where = gpu.whole(case.device)  # of two GPUs of a name, one is measured
                 matrix = kernel.matrix(where, case.sides, case.dtype)
-                jobs.setdefault(matrix, (kernel, where, case.sides, case.dtype))
+                jobs.setdefault(matrix, partial(Bench, kernel, where, case.sides, case.dtype))
             else:
                 reasons.append(f"{kernel.name} {why}")
         if len(reasons) == sum(isinstance(k, Measured) for k in offered(case)):

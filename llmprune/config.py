@@ -16,7 +16,7 @@ from llmprune.fisher.settings import Fisher
 from llmprune.fisher.weigh import compete
 from llmprune.methods import quantized
 from llmprune.methods.base import Method
-from llmprune.methods.quantized import Quantize, Quantized
+from llmprune.methods.quantized import Kept, Quantize, Quantized
 from llmprune.pattern import Pattern, Within, parse
 from llmprune.prune_matrix import Task
 from llmprune.quality import Parts
@@ -132,7 +132,10 @@ class PruneConfig:
             ConfigError: when a name or value makes no sense.
         """
         method, how = methods.build(self.method, self.settings), self.rounding()
-        method = Quantized(method, how) if how else method
+        rounded = (
+            Quantized(method, how) if how else method
+        )  # refuses a method that it cannot follow
+        method = method if self.repair else rounded
         pattern = method.resolve(parse(self.sparsity, self.within))
         return method, pattern
 
@@ -153,13 +156,8 @@ class PruneConfig:
 
     def _check_grid(self, pattern: Pattern) -> None:
         """Refuse what would move weights off their grid once they are rounded."""
-        if self.quantize is None:
+        if self.quantize is None or self.repair:  # what is repaired is rounded after that
             return
-        if self.repair:
-            raise ConfigError(
-                f"a repair moves weights, and --quantize {self.quantize} has rounded them by then; leave the "
-                "repair out (--no-repair, repair=False), or --quantize"
-            )
         known = self.weighing()
         if known is not None and known.rows and compete(pattern):
             raise ConfigError(
@@ -239,7 +237,10 @@ class PruneConfig:
     def task(self) -> Task:
         """What these settings do to every matrix."""
         flood, wide = self.calibrate_all_experts, self.sums == "float64"
-        return Task(*self.built(), self.ragged == "dense", flood, wide, repair=self.repairing())
+        repair, how = self.repairing(), self.rounding()
+        last = Quantized(Kept(), how) if how and repair else None
+        ragged = self.ragged == "dense"
+        return Task(*self.built(), ragged, flood, wide, repair=repair, rounding=last)
 
     def recipe(self) -> dict[str, Any]:
         """The settings as plain JSON types, with defaults spelled out."""

@@ -167,7 +167,7 @@ def _quantize_options(parser: argparse.ArgumentParser) -> None:
         "--quantize",
         metavar="NAME",
         help="round what is kept to int8, one scale per row, or int4, one per 128 columns, and let the "
-        "columns to the right make up for it; not with --repair",
+        "columns to the right make up for it; after a repair, what that leaves",
     )
     group.add_argument(
         "--quantize-set",

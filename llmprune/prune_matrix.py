@@ -15,6 +15,7 @@ from llmprune.errors import ConfigError, ModelError, NumericalError
 from llmprune.fisher.known import Known
 from llmprune.fisher.weigh import Solve, weighed
 from llmprune.methods.base import Method, Pruned
+from llmprune.methods.quantized import Quantized
 from llmprune.model import Matrix
 from llmprune.pattern import NM, Pattern, as_text, true_in
 from llmprune.refine.settings import Repair
@@ -38,6 +39,7 @@ class Task:
         repair: how each block is repaired once it is pruned; None is not at all.
         levels: by name, what an allocation gives a matrix instead of `pattern`; None leaves it dense.
         fisher: what errors weigh; None where all weigh the same.
+        rounding: rounds what a repair leaves of a matrix; None where nothing is rounded after one.
     """
 
     method: Method[Any]
@@ -49,6 +51,7 @@ class Task:
     repair: Repair | None = None
     levels: Mapping[str, Pattern | None] = field(default_factory=dict)
     fisher: Known | None = None
+    rounding: Quantized | None = None
 
     @property
     def needs_data(self) -> bool:
@@ -163,8 +166,7 @@ def _left_dense(matrix: Matrix, stats: Stats, sample: InputSample | None, why: s
     begun = time.perf_counter()
     keep = torch.ones(matrix.shape, dtype=torch.bool, device=matrix.weight.device)
     measured = _measure(matrix.weight, Pruned(matrix.weight, keep), sample)
-    report = _report(matrix, measured, stats, {}, begun)
-    return Done(matrix, replace(report, skipped=why), keep)
+    return Done(matrix, replace(_report(matrix, measured, stats, {}, begun), skipped=why), keep)
 
 
 def _put(
@@ -247,8 +249,7 @@ def _measure(dense: Tensor, pruned: Pruned, sample: InputSample | None) -> _Meas
             if sample is not None:
                 total[1] += sample.energy(part)
     share = (lost / size.clamp_min(1e-30)).tolist()
-    output_error = share[1] if sample is not None else None
-    return _Measured(true_in(pruned.keep), bool(outside), share[0], output_error)
+    return _Measured(true_in(pruned.keep), bool(outside), share[0], share[1] if sample else None)
 
 
 def _broken(pruned: Pruned, measured: _Measured, task: Task) -> str | None:
@@ -270,8 +271,7 @@ def _miscounted(keep: Tensor, pattern: Pattern) -> str | None:
         groups = keep.reshape(-1, pattern.m).sum(1, dtype=narrow)
         return None if bool((groups == pattern.n).all()) else f"groups that are not {pattern}"
     for group in pattern.groups(keep):
-        size = group.shape[1]
-        kept = group.sum(1, dtype=torch.int32)
+        size, kept = group.shape[1], group.sum(1, dtype=torch.int32)
         if not bool((kept == size - pattern.removed(size)).all()):
             return f"a count that is not {size - pattern.removed(size)} kept of {size}"
     return None

@@ -45,6 +45,11 @@ class LayerReport:
     expert: int | None = None
     pattern: str | None = None
 
+    @classmethod
+    def read(cls, entry: dict[str, Any]) -> LayerReport:
+        """What `asdict` and JSON have made of one."""
+        return cls(**{**entry, "shape": tuple(entry["shape"])})
+
 
 @dataclass(frozen=True)
 class RepairReport:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from llmprune.factor import InverseFactor
+from llmprune.kernels.gram import PANEL, add_gram
 
 T = TypeVar("T")
 
@@ -130,8 +131,6 @@ class Gram:
     """
 
     needs_data: ClassVar[bool] = True
-    PANEL: ClassVar[int] = 256  # columns of a product; of 256 to 2048 the fastest on two CPU cores
-    CHUNK: ClassVar[int] = 2048  # tokens of half precision that are widened at a time
 
     def __init__(self, gram: Tensor) -> None:
         self.sums = gram
@@ -146,14 +145,10 @@ class Gram:
         return cls(torch.zeros(features, features, device=device))
 
     def add(self, inputs: Tensor) -> None:
-        """Add x^T x of a batch [..., features], multiplied in float32."""
+        """Add x^T x of a batch [..., features], multiplied and summed in float32."""
         self._changed()
         x = inputs.detach().reshape(-1, inputs.shape[-1])
-        chunk = max(1, len(x)) if x.dtype == torch.float32 else self.CHUNK
-        for start in range(0, len(x), chunk):
-            wide = x[start : start + chunk].float()
-            for p in self._panels():
-                self.sums[: p.stop, p].addmm_(wide[:, : p.stop].T, wide[:, p])
+        add_gram(self.sums, x)
         self.tokens += x.shape[0]
 
     def merge(self, other: Self) -> None:
@@ -178,7 +173,7 @@ class Gram:
 
     def _panels(self) -> list[slice]:
         features = len(self.sums)
-        return [slice(s, min(s + self.PANEL, features)) for s in range(0, features, self.PANEL)]
+        return [slice(s, min(s + PANEL, features)) for s in range(0, features, PANEL)]
 
     def finite(self) -> bool:
         """Whether every sum is finite; a NaN or Inf input always reaches the diagonal."""

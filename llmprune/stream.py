@@ -7,7 +7,7 @@ that is ended, however hard, goes on behind its last finished block, and its res
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -27,7 +27,7 @@ from llmprune.report import LayerReport, RepairReport
 from llmprune.rounds import of_statistics
 from llmprune.stopping import Stopping
 from llmprune.streams import Streams
-from llmprune.sweep import Tell, prune_block, prune_outside
+from llmprune.sweep import Tell, prune_block, prune_outside, round_block
 from llmprune.walk import Walker
 from llmprune.workplace import Workplace
 
@@ -89,9 +89,8 @@ class Streaming:
             Stopped: when asked to stop, behind the block in hand.
             OSError: when something cannot be written.
         """
-        names = [f"block {i}" for i in range(self.depth)]
         outside = self._here(None)
-        names += ["outside"] if outside else []
+        names = [*(f"block {i}" for i in range(self.depth)), *(["outside"] * bool(outside))]
         if self.ranks.leads:
             self._check_finished([*names, "copy"])
         steps = self.work.journal.steps = self.ranks.tell(self.work.journal.steps)
@@ -113,7 +112,7 @@ class Streaming:
         if rest:
             self._outside(rest, streams)
         self.shelf.release_rest()
-        return [_layer(entry) for name in names for entry in steps[name]["layers"]]
+        return [LayerReport.read(entry) for name in names for entry in steps[name]["layers"]]
 
     def repaired(self) -> list[RepairReport]:
         """What the repairs of a finished run did, in the order of the blocks."""
@@ -133,7 +132,8 @@ class Streaming:
             if self.task.repair is not None:
                 windows, seqlen = sum(map(len, self.batches)), self.batches[0].shape[1]
                 steps = self.task.repair.steps(windows * self.ranks.world, seqlen)
-                count += batches + steps * bool(here)
+                again = self.task.rounding is not None and here > 0
+                count += batches + steps * bool(here) + (batches + here) * again
         return count
 
     def _here(self, index: int | None) -> list[Matrix]:
@@ -156,7 +156,8 @@ class Streaming:
     def _need(self, index: int) -> int:
         """Bytes of a block and of what it takes to prune it."""
         block, here = self.shelf.layers[index], self._here(index)
-        extra = min(of_statistics(here, self.task.method), self._room(block))
+        methods = [m for m in (self.task.method, self.task.rounding) if m is not None]
+        extra = min(max(of_statistics(here, m) for m in methods), self._room(block))
         if self.task.repair is not None and here:
             extra = max(extra, of_repair(block, max(ids.numel() for ids in self.batches)))
         return of_model(block) + extra
@@ -231,10 +232,18 @@ class Streaming:
         check_weights(here)
         entry: dict[str, Any] = streams.pass_on("dense", index, tell) if streams else {}
         pruned = self._prune(index, here, streams, tell)
-        if here and streams is not None and self.task.repair is not None:
+        if (
+            here
+            and self.walker is not None
+            and streams is not None
+            and self.task.repair is not None
+        ):
             pruned, report = streams.repair(index, list(pruned), self.task, tell)
             entry["repair"] = asdict(report)
-        found = {d.matrix.name: _light(d) for d in pruned}
+            task, hidden = self._task(index), streams.hidden
+            pruned = round_block(self.walker, index, pruned, hidden, task, tell, self.ranks)
+        # without masks, which nobody needs once the counts are known
+        found = {d.matrix.name: replace(d, keep=d.keep.new_empty(0)) for d in pruned}
         done = [found[m.name] for m in here]
         entry["layers"] = [asdict(d.report) for d in done]
         if streams is not None and self._passes(index):
@@ -250,6 +259,10 @@ class Streaming:
         if streams is not None:
             streams.forget_old()
 
+    def _task(self, index: int) -> Task:
+        """What is done to a block, in the room that there is."""
+        return replace(self.task, room=self._room(self.shelf.layers[index]))
+
     def _passes(self, index: int) -> bool:
         return index + 1 < self.depth or bool(self._here(None))
 
@@ -257,8 +270,7 @@ class Streaming:
         self, index: int, here: Sequence[Matrix], streams: Streams | None, tell: Tell
     ) -> Iterable[Done]:
         if streams is not None and self.walker is not None:
-            task = replace(self.task, room=self._room(self.shelf.layers[index]))
-            hidden = streams.hidden
+            task, hidden = self._task(index), streams.hidden
             yield from prune_block(self.walker, index, here, hidden, task, tell, self.ranks)
             return
         for matrix in here:
@@ -274,12 +286,9 @@ class Streaming:
         check_weights(outside)
         done: list[Done] = []
         if streams is not None and self.walker is not None:
-            hidden = streams.hidden
-            done += prune_outside(self.walker, outside, hidden, self.task, tell, self.ranks)
+            done += prune_outside(self.walker, outside, streams.hidden, self.task, tell, self.ranks)
         else:
-            for matrix in outside:
-                tell(matrix.name)
-                done.append(prune_matrix(matrix, self.task.method.stats(), None, self.task))
+            done += self._prune(self.depth, outside, None, tell)
         for each in done:
             each.settle()
         named = {m.parameter_name: m.parameter for m in outside}
@@ -288,13 +297,3 @@ class Streaming:
             files = self._delivery.outside(outside)
             entry["tensors"] = self._delivery.write(named, set(named), files)
         self.work.journal.add("outside", entry)
-
-
-def _light(done: Done) -> Done:
-    """Without its mask, which nobody needs once the counts are known."""
-    return replace(done, keep=torch.empty(0, dtype=torch.bool))
-
-
-def _layer(entry: Mapping[str, Any]) -> LayerReport:
-    out, features = entry["shape"]
-    return LayerReport(**{**entry, "shape": (out, features)})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,7 @@ from llmprune.rounds import of_statistics, rounds
 from llmprune.share import prune_shared
 from llmprune.walk import HiddenStates, Walker
 
+ROUNDED = ("quantize", "rounding")  # notes of a matrix that are on how it was rounded
 Progress = Callable[[int, int, str], None]
 """Called with (block, blocks, what is being done), for a progress bar."""
 
@@ -55,7 +57,7 @@ def prune_blocks(
                     walker, index, own, hidden, dense, task.repair, tell, metric=metric
                 )
                 repaired(report)
-                found = iter(parts)
+                found = iter(round_block(walker, index, parts, hidden, task, tell))
             for done in found:
                 later.callback(done.settle)
                 yield done.matrix, done.report, done.keep
@@ -96,6 +98,35 @@ def prune_block(
                 observer.next_batch()
                 walker.run(index, b, hidden[b])
         yield from _prune_observed(observer, some, task, tell)
+
+
+def round_block(
+    walker: Walker,
+    index: int,
+    done: Sequence[Done],
+    hidden: HiddenStates,
+    task: Task,
+    tell: Tell,
+    ranks: Ranks = ALONE,
+) -> list[Done]:
+    """Round what a repair has left of the matrices of block `index`, in place, if `task.rounding` says so.
+
+    Statistics are those of the repaired block. Masks stay as decided, also where a weight is now zero.
+    """
+    if task.rounding is None:
+        return list(done)
+    here = [each.matrix for each in done if each.report.skipped is None]
+    again = replace(task, method=task.rounding, repair=None, fisher=None)
+    notes = {
+        each.matrix.name: {k: v for k, v in each.report.notes.items() if k in ROUNDED}
+        for each in prune_block(walker, index, here, hidden, again, tell, ranks)
+    }
+    return [
+        replace(
+            d, report=replace(d.report, notes={**d.report.notes, **notes.get(d.matrix.name, {})})
+        )
+        for d in done
+    ]
 
 
 def _order(
@@ -139,6 +170,8 @@ def prune_outside(
     """Prune the matrices `outside` of the blocks, on what the last block gives."""
     if not outside:
         return
+    if task.rounding is not None:  # nothing repairs these, so they are rounded as they are pruned
+        task = replace(task, method=replace(task.rounding, inner=task.method))
     observer = _observer(walker, task, ranks)
     with observer.watching(outside):
         for b in range(len(walker.batches)):

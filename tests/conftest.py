@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,15 @@ def shared() -> Path:
 def device() -> torch.device:
     """Where kernel tests run: the GPU when kernels are compiled, the CPU when interpreted."""
     return torch.device("cpu" if INTERPRETED else "cuda")
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For a file of tensors so small that a second thread only costs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def poison(tensor: torch.Tensor) -> torch.Tensor:

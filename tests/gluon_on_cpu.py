@@ -20,6 +20,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
+from ptx import ARITHMETIC, mma_m16n8k16, signed
 from torch import Tensor
 
 LANES = torch.arange(32)
@@ -120,8 +121,8 @@ def blocked_layout(
 
 
 @contextmanager
-def on_cpu(file: Path) -> Iterator[ModuleType]:
-    """The module in `file`, run by this emulator, as what `import` finds."""
+def on_cpu(*files: Path) -> Iterator[ModuleType]:
+    """The modules in `files`, run by this emulator, as what `import` finds; gives the last."""
     program = Program()
     gluon = ModuleType("triton.experimental.gluon")
     gluon.language = program.language()
@@ -130,20 +131,21 @@ def on_cpu(file: Path) -> Iterator[ModuleType]:
     triton, experimental = ModuleType("triton"), ModuleType("triton.experimental")
     experimental.gluon = gluon
     stand_ins = {m.__name__: m for m in (triton, experimental, gluon, gluon.language)}
-    name = f"llmprune.kernels.{file.stem}"
-    module = ModuleType(name)
-    real = {key: sys.modules.get(key) for key in (*stand_ins, name)}
+    modules = {name: ModuleType(name) for name in (f"llmprune.kernels.{f.stem}" for f in files)}
+    real = {key: sys.modules.get(key) for key in (*stand_ins, *modules)}
     try:
         sys.modules.update(stand_ins)
-        exec(compile(file.read_text(), str(file), "exec"), vars(module))
-    finally:
-        for key in stand_ins:
-            _put_back(key, real[key])
-    try:
-        sys.modules[name] = module
+        try:
+            for file, (name, module) in zip(files, modules.items(), strict=True):
+                module.__package__, sys.modules[name] = "llmprune.kernels", module
+                exec(compile(file.read_text(), str(file), "exec"), vars(module))
+        finally:
+            for key in stand_ins:
+                _put_back(key, real[key])
         yield module
     finally:
-        _put_back(name, real[name])
+        for key in modules:
+            _put_back(key, real[key])
 
 
 def _put_back(name: str, module: ModuleType | None) -> None:
@@ -154,19 +156,24 @@ def _put_back(name: str, module: ModuleType | None) -> None:
 
 
 def inline_asm(
-    asm: str, constraints: str, args: list[Tensor], dtype: torch.dtype, is_pure: bool, pack: int
-) -> Tensor:
-    """The assembly for all warps at once; operand $i is word i of a lane, results first."""
+    asm: str, constraints: str, args: list[Tensor], dtype: Any, is_pure: bool, pack: int
+) -> Any:
+    """The assembly for all warps at once; operand $i is word i of a lane, results first.
+
+    Of several results `dtype` has one each, and a tuple comes back.
+    """
+    dtypes = dtype if isinstance(dtype, tuple) else (dtype,)
     shape = torch.broadcast_shapes(*(a.shape for a in args))
     assert shape[-2:] == (32, pack), "the last dimensions are not lanes and their registers"
     given = constraints.split(",")
     results = [c for c in given if c.startswith("=")]
-    assert len(results) == pack
-    assert len(given) == pack * (1 + len(args))
+    first = pack * len(dtypes)  # operand that is read
+    assert len(results) == first
+    assert len(given) == first + pack * len(args)
     operands = [a.expand(shape)[..., i] for a in args for i in range(pack)]
-    for operand, letter in zip(operands, given[pack:], strict=True):
+    for operand, letter in zip(operands, given[first:], strict=True):
         assert operand.dtype is {"r": torch.int32, "f": torch.float32}[letter]
-    registers: dict[str, Any] = {f"${pack + i}": operand for i, operand in enumerate(operands)}
+    registers: dict[str, Any] = {f"${first + i}": operand for i, operand in enumerate(operands)}
     instructions = (
         [i.strip() for i in asm.strip().strip("{}").split(";")] if "mma" not in asm else [asm]
     )
@@ -175,7 +182,11 @@ def inline_asm(
     assert len(instructions) == 1 or all(c.startswith("=&") for c in results)
     for instruction in instructions:
         execute(instruction.rstrip(" ;"), registers)
-    return torch.stack([registers[f"${i}"] for i in range(pack)], dim=-1).to(dtype)
+    words = (registers[f"${i}"].expand(shape[:-1]) for i in range(first))
+    found = tuple(
+        torch.stack([next(words) for _ in range(pack)], dim=-1).to(dtype) for dtype in dtypes
+    )
+    return found if isinstance(dtype, tuple) else found[0]
 
 
 def execute(instruction: str, registers: dict[str, Any]) -> None:
@@ -192,9 +203,21 @@ def execute(instruction: str, registers: dict[str, Any]) -> None:
         result = mma_sp(*groups, places, selector, dtype)
         registers.update({f"${i}": result[..., i] for i in range(4)})
         return
+    if name.startswith("mma.sync.aligned.m16n8k16.row.col.f32."):
+        dtype = {"bf16": torch.bfloat16, "f16": torch.float16}[name.split(".")[-2]]
+        a, b, c = (
+            torch.stack([_operand(w, registers) for w in words[begin:end]], -1)
+            for begin, end in ((4, 8), (8, 10), (10, 14))
+        )
+        assert words[:4] == ["$0", "$1", "$2", "$3"]
+        result = mma_m16n8k16(a, b, c, dtype)
+        registers.update({f"${i}": result[..., i] for i in range(4)})
+        return
     read = [_operand(word, registers) for word in words[1:]]
     if name in ("mov.u32", "mov.b32"):
         registers[words[0]] = read[0]
+    elif name in ARITHMETIC:
+        registers[words[0]] = ARITHMETIC[name](*read)
     elif name == "and.b32":
         registers[words[0]] = read[0] & read[1]
     elif name == "setp.eq.u32":
@@ -211,7 +234,7 @@ def execute(instruction: str, registers: dict[str, Any]) -> None:
 def _operand(word: str, registers: dict[str, Any]) -> Any:
     if word == "%laneid":
         return LANES.to(torch.int32)
-    return registers[word] if word in registers else int(word, 0)
+    return registers[word] if word in registers else signed(torch.tensor(int(word, 0)))
 
 
 def mma_sp(

@@ -179,6 +179,31 @@ def test_the_frontiers_shares_are_of_the_same_seeds(
     assert "cells by commit: 3 of c; this is d" in figures.told(rows, "d")
 
 
+def test_fewer_bits_are_set_beside_dense_weights_of_as_many(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each number of bits of a 2:4 weight has a dense one within a tenth, and every grid is its own."""
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    quantize = importlib.import_module("quantize")
+    llama = argparse.Namespace(shape=(512, 512))
+    found: dict[str, dict[str, float]] = {"dense": {}, "2:4": {}}
+    for cell in quantize.every(["2:4"], "search"):
+        if cell.method in (None, "sparsegpt"):
+            found[cell.pattern or "dense"][cell.values] = quantize.bits([llama], cell)
+    assert found["2:4"]["bfloat16"] == 9
+    assert found["2:4"]["int8 gptq"] == pytest.approx(found["dense"]["int5 gptq"])
+    assert found["2:4"]["int4 gptq"] == pytest.approx(found["dense"]["int3 gptq"])
+    assert found["2:4"]["int4 nearest"] == pytest.approx(2 + 1 + 16 / 128)
+    weight = torch.linspace(-1, 1, 512).expand(4, 512)
+    for bits, levels in ((3, 7), (5, 31)):
+        how = quantize.Narrow("int8", "nearest", "max", width=bits)
+        grid = quantize.Quantized(quantize.Everything(), how)
+        stats = quantize.Gram.empty(512, torch.device("cpu"))
+        stats.add(torch.eye(512))
+        done = grid.prune(weight, stats, quantize.Unstructured(0.5, "row"))
+        assert len(done.weight.unique()) == levels
+
+
 @pytest.mark.parametrize("shape", ["qwen3", "gpt2"])
 def test_a_second_family_is_trained_and_loads(root: Path, tmp_path: Path, shape: str) -> None:
     text = tmp_path / "text.txt"

@@ -21,7 +21,7 @@ from kernel_harness import (
 from torch import Tensor
 
 from llmprune.kernels import choice, cusparselt, gpu, held
-from llmprune.kernels.held import S24_MMA, gemv
+from llmprune.kernels.held import N8, S24_MMA, gemv
 from llmprune.kernels.interface import Case, Kernel
 from llmprune.kernels.packed import Packed, pack, unpack
 from llmprune.kernels.sparse_linear import expanded_layout, sparse_linear
@@ -29,6 +29,7 @@ from llmprune.kernels.words import Words
 
 HALVES = (torch.bfloat16, torch.float16)
 KERNELS: list[Words] = [S24_MMA, gemv(2, 4), gemv(1, 2), gemv(4, 8), gemv(5, 16)]
+KERNELS += [N8(4), N8(3), N8(2)]
 ids = {"ids": lambda value: getattr(value, "name", str(value).removeprefix("torch."))}
 
 
@@ -106,15 +107,17 @@ def test_a_matrix_that_keeps_more_is_refused() -> None:
 
 @pytest.fixture
 def emulated(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """s24_mma runs its own source, in an emulator."""
+    """s24_mma and n8_mma run their own source, in an emulator."""
     if not INTERPRETED:
         pytest.skip("runs on the GPU here")
-    monkeypatch.setattr(held.S24, "launches", lambda self, device: True)
-    with on_cpu(root / "kernels" / "s24_gluon.py"):
+    for kernel in (held.S24, held.N8):
+        monkeypatch.setattr(kernel, "launches", lambda self, device: True)
+    kernels = root / "kernels"
+    with on_cpu(kernels / "s24_gluon.py"), on_cpu(kernels / "n8_gluon.py"):
         yield
 
 
-@pytest.mark.parametrize("kernel", [S24_MMA, gemv(2, 4), gemv(4, 8)], **ids)
+@pytest.mark.parametrize("kernel", [S24_MMA, gemv(2, 4), gemv(4, 8), N8(3)], **ids)
 @pytest.mark.parametrize("tokens", [0, 1, 3, 65])
 @pytest.mark.usefixtures("emulated")
 def test_any_number_of_tokens_both_ways(
@@ -194,6 +197,7 @@ CUDA = Case(
 def gpu_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if this machine had a GPU on which all kernels pass their trials."""
     monkeypatch.setattr(held.S24, "unavailable", lambda self, device: None)
+    monkeypatch.setattr(held.n8_mma, "unavailable", lambda device, n: None)
     monkeypatch.setattr(held.nm_gemv, "unavailable", lambda device, n, m: None)
     monkeypatch.setattr(cusparselt, "unavailable", lambda device: None)
     monkeypatch.setattr(gpu, "identity", lambda device: ("NVIDIA A", "9.0"))
@@ -208,7 +212,11 @@ def gpu_here(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"dtype": torch.float16}, "s24_mma"),
         ({"pattern": "1:2"}, "s24_mma"),
         ({"pattern": "1:4"}, "nm_gemv 1:4"),
-        ({"pattern": "4:8"}, "nm_gemv 4:8"),
+        ({"pattern": "4:8"}, "n8_mma 4:8"),
+        ({"pattern": "3:8", "dtype": torch.float16}, "n8_mma 3:8"),
+        ({"pattern": "2:8"}, "n8_mma 2:8"),
+        ({"pattern": "1:8"}, "nm_gemv 1:8"),
+        ({"pattern": "5:8"}, "nm_gemv 5:8"),
         ({"pattern": "8:16"}, "nm_gemv 8:16"),
         ({"pattern": "13:16"}, "expand"),
         ({"pattern": "16:32"}, "expand"),
@@ -242,7 +250,13 @@ def test_what_is_asked_for_comes_first_where_it_fits(monkeypatch: pytest.MonkeyP
         choice.prefer(name)
         assert choice.choose(CUDA).name == chosen
     choice.prefer("cusparselt")
-    assert choice.choose(replace(CUDA, pattern="4:8")).name == "nm_gemv 4:8"
+    assert choice.choose(replace(CUDA, pattern="4:8")).name == "n8_mma 4:8"
+    for name in ("n8_mma", "nm_gemv"):
+        choice.prefer(name)
+        assert choice.choose(replace(CUDA, pattern="4:8")).name == f"{name} 4:8"
+    choice.prefer("n8_mma")
+    assert choice.choose(CUDA).name == "s24_mma"
+    choice.prefer("cusparselt")
     assert choice.choose(replace(CUDA, shape=(65, 128))).name == "s24_mma"
     choice.prefer(None)
     monkeypatch.setenv(choice.SETTING, "nm_gemv")
@@ -260,6 +274,7 @@ def test_no_kernel_is_tried_that_does_not_come_into_question(
     """A trial compiles for seconds."""
     tried = list[str]()
     monkeypatch.setattr(held.S24, "unavailable", lambda self, device: tried.append("s24_mma"))
+    monkeypatch.setattr(held.n8_mma, "unavailable", lambda device, n: tried.append(f"n8_mma {n}:8"))
     monkeypatch.setattr(
         held.nm_gemv, "unavailable", lambda device, n, m: tried.append(f"nm_gemv {n}:{m}")
     )
@@ -278,15 +293,29 @@ def test_no_kernel_is_tried_that_does_not_come_into_question(
     assert set(tried) == {"s24_mma"}
     tried.clear()
     choice.choose(replace(CUDA, pattern="4:8"))
-    assert set(tried) == {"nm_gemv 4:8"}
+    assert set(tried) == {"n8_mma 4:8"}
+    tried.clear()
+    choice.choose(replace(CUDA, pattern="8:16"))
+    assert set(tried) == {"nm_gemv 8:16"}
+
+
+@pytest.mark.usefixtures("gpu_here")
+def test_where_n8_mma_fails_its_trial_nm_gemv_comes_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(held.n8_mma, "unavailable", lambda device, n: f"gives a wrong {n}:8")
+    case = replace(CUDA, pattern="3:8")
+    assert choice.choose(case).name == "nm_gemv 3:8"
+    told = choice.explain(type("L", (), {"case": lambda _, t: case})(), 1)
+    assert told.refused["n8_mma 3:8"] == "gives a wrong 3:8"
 
 
 def test_names_are_found() -> None:
     for name in ("s24_mma", "cusparselt", "dense", "expand", "nm_gemv 2:4", "nm_gemv 12:16"):
         assert choice.find(name).name == name
     assert choice.find("nm_gemv 4:8") is gemv(4, 8)
-    with pytest.raises(ValueError, match="no kernel 'nm_gemv'"):
-        choice.find("nm_gemv")
+    assert choice.find("n8_mma 3:8") is choice.find("n8_mma 3:8")
+    for name in ("nm_gemv", "n8_mma", "n8_mma 5:8", "n8_mma 2:4", "s24_mma 2:4"):
+        with pytest.raises(ValueError, match=f"no kernel '{name}'; known: .*, n8_mma n:8, nm_gemv"):
+            choice.find(name)
 
 
 # cuSPARSELt, whose operations no CPU has: here they hold and multiply the dense matrix
@@ -362,7 +391,8 @@ def test_cusparselt_is_explained() -> None:
 
 # On a GPU
 
-ON_GPU = ["s24_mma", "nm_gemv 2:4", "nm_gemv 4:8", "nm_gemv 8:16", "expand", "dense", "cusparselt"]
+ON_GPU = ["s24_mma", "n8_mma 4:8", "n8_mma 3:8", "n8_mma 2:8"]
+ON_GPU += ["nm_gemv 2:4", "nm_gemv 4:8", "nm_gemv 8:16", "expand", "dense", "cusparselt"]
 
 
 def on_gpu(name: str) -> tuple[Kernel, Tensor, list[Tensor]]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from llmprune.kernels import expanding, gpu
 from llmprune.kernels.expanding import dense_of, from_bitmap, from_gemv, from_s24
 from llmprune.kernels.gemv_layout import GemvLayout, pack_gemv
+from llmprune.kernels.n8_layout import pack_n8
 from llmprune.kernels.packed import Packed, pack
 from llmprune.kernels.s24_layout import S24Layout, pack_s24
 
@@ -118,16 +119,16 @@ def test_what_fails_its_trial_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) 
     dense = nm_matrix(8, 32, 2, 4, torch.bfloat16)
     packed = pack(dense)
     monkeypatch.setattr(expanding, "unavailable", lambda device: "is old")
-    for held in (packed, pack_s24(packed), pack_gemv(packed, 2, 4)):
+    for held in (packed, pack_s24(packed), pack_gemv(packed, 2, 4), pack_n8(packed, 4)):
         assert torch.equal(bits(dense_of(held)), bits(dense))
     assert expanding.how(torch.device("cpu")) == "by plain torch (is old)"
     called = list[object]()
     monkeypatch.setattr(expanding, "unavailable", lambda device: None)
-    for name in ("from_bitmap", "from_s24", "from_gemv"):
+    for name in ("from_bitmap", "from_s24", "from_gemv", "from_n8"):
         monkeypatch.setattr(expanding, name, called.append)
-    for held in (packed, pack_s24(packed), pack_gemv(packed, 2, 4)):
+    for held in (packed, pack_s24(packed), pack_gemv(packed, 2, 4), pack_n8(packed, 4)):
         dense_of(held)
-    assert len(called) == 3
+    assert len(called) == 4
 
 
 def test_answers_are_kept_but_not_while_the_device_is_occupied(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
@@ -25,12 +24,7 @@ METHODS = ("magnitude", "wanda", "ria", "sparsegpt", "alps")
 PATTERNS = [NM(2, 4), NM(4, 8), *(Unstructured(0.6, w) for w in ("row", "matrix", "columns"))]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def quantized(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,14 +23,7 @@ from llmprune.stats import Gram
 from llmprune.sweep import prune_blocks
 from llmprune.walk import Walker
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tensors here are so small that a second thread only costs."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 VOCABULARY = 128

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from llmprune.checkpoint.stored import Stored, read
-from llmprune.checkpoint.whole import flaw, of_halves, products, rows_of_scales, spread
+from llmprune.checkpoint.whole import flaw, rows_of_scales, spread
 from llmprune.errors import CheckpointError, short
+from llmprune.kernels.few_bits import of_halves, products
 from llmprune.kernels.packed import Packed, unpack
 from llmprune.kernels.packed import count as ones_in
 

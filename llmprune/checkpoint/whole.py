@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 
 from llmprune.checkpoint.sparse import Spec
 from llmprune.errors import CheckpointError
+from llmprune.kernels.few_bits import in_halves, top_of
 from llmprune.kernels.packed import pack, select
 
 _SAMPLE = (
@@ -38,11 +39,6 @@ class Part:
     whole: Tensor
     bitmap: Tensor
     scales: Tensor
-
-
-def top_of(bits: int) -> int:
-    """The largest whole number; the smallest is its negative."""
-    return int(2 ** (bits - 1) - 1)
 
 
 def rows_of_scales(spec: Spec, first: int, count: int) -> Tensor:
@@ -75,18 +71,6 @@ def spread(scales: Tensor, spec: Spec, first: int, count: int) -> Tensor:
     return taken.repeat_interleave(spec.group, 1)[:, : spec.shape[-1]]
 
 
-def products(whole: Tensor, wide: Tensor, bitmap: Tensor, dtype: torch.dtype) -> Tensor:
-    """The kept weights [kept], row by row.
-
-    Args:
-        whole: [kept] int8.
-        wide: [rows, columns] float32, the scale of each weight.
-        bitmap: [rows, ceil(columns / 8)] uint8, as many one bits as there are whole numbers.
-        dtype: that the products, exact in float32, are rounded to.
-    """
-    return select(wide, bitmap).mul_(whole).to(dtype)
-
-
 def flaw(whole: Tensor, scales: Tensor, bits: int) -> str | None:
     """What whole numbers and scales have that no writer writes, in words; None where all is well."""
     if len(whole) and int(whole.min()) < -top_of(bits):
@@ -95,18 +79,6 @@ def flaw(whole: Tensor, scales: Tensor, bits: int) -> str | None:
     if bool(((words < 0) | (words >= _FINITE)).any()):
         return "a scale is negative or not finite"
     return None
-
-
-def in_halves(whole: Tensor) -> Tensor:
-    """Whole numbers [n] of 4 bits two in a byte: [ceil(n / 2)] uint8, the first in the low half."""
-    pairs = pad(whole, (0, len(whole) % 2)).view(torch.uint8).view(-1, 2)
-    return (pairs[:, 0] & 15) | (pairs[:, 1] << 4)
-
-
-def of_halves(halves: Tensor) -> Tensor:
-    """The inverse: [2 n] int8 of [n] uint8, with the half behind the last number where they are odd."""
-    low, high = (halves << 4).view(torch.int8) >> 4, halves.view(torch.int8) >> 4
-    return torch.stack((low, high), 1).view(-1)
 
 
 def found_in(part: Tensor, spec: Spec, first: int) -> Part | None:

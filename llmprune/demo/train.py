@@ -122,9 +122,11 @@ def schedule(done: float) -> float:
     return min(done / 0.02, 1.0) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def window_loss(model: LlamaForCausalLM, ids: Tensor) -> Tensor:
-    """Mean cross-entropy of int64 windows [n, WINDOW + 1], computed in bfloat16."""
-    with torch.autocast("cpu", torch.bfloat16):
+def window_loss(
+    model: LlamaForCausalLM, ids: Tensor, dtype: torch.dtype = torch.bfloat16
+) -> Tensor:
+    """Mean cross-entropy of int64 windows [n, WINDOW + 1], computed in bfloat16 or as it is told."""
+    with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
         logits = model(input_ids=ids[:, :-1], use_cache=False).logits
     return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
 

@@ -158,6 +158,63 @@ class Scored(Method[S]):
         return Pruned(weight.where(keep, 0), keep)
 
 
+class Around(Method[Gram]):
+    """A method around another, whose masks, and values, it goes on from with a Gram matrix.
+
+    Attributes:
+        inner: the other method.
+    """
+
+    inner: Method[Any]
+
+    stats: ClassVar[type[Gram]] = Gram
+
+    @abstractmethod
+    def follow(
+        self, weights: Sequence[Tensor], found: list[Pruned], stats: Any, pattern: Pattern
+    ) -> Iterator[Pruned]:
+        """What becomes of `found`, the other method's result for each of `weights`, in their order.
+
+        All are found before: what they were found with may lie in the memory of the sums. `found` may be
+        used up.
+        """
+
+    @property
+    def exact(self) -> bool:
+        """As the method is."""
+        return self.inner.exact
+
+    def resolve(self, pattern: Pattern) -> Pattern:
+        """As the method does."""
+        return self.inner.resolve(pattern)
+
+    def by_rows(self, pattern: Pattern) -> bool:
+        """Where the method allows it: what follows knows single rows."""
+        return self.inner.by_rows(pattern)
+
+    def prune(self, weight: Tensor, stats: Gram, pattern: Pattern) -> Pruned:
+        """The method's mask, and what follows."""
+        return next(self.prune_together([weight], stats, pattern))
+
+    def prune_together(
+        self, weights: Sequence[Tensor], stats: Gram, pattern: Pattern
+    ) -> Iterator[Pruned]:
+        """The method's masks of matrices that read one input, and what follows."""
+        found = list(self.inner.prune_together(weights, self.inner_stats(stats), pattern))
+        return self.follow(weights, found, stats, pattern)
+
+    def prune_rows(
+        self, weights: Sequence[Tensor], stats: Gram, pattern: Pattern, shares: Sequence[Share]
+    ) -> Iterator[Pruned]:
+        """`prune_together` of some rows of each matrix."""
+        found = list(self.inner.prune_rows(weights, self.inner_stats(stats), pattern, shares))
+        return self.follow(weights, found, stats, pattern)
+
+    def inner_stats(self, stats: Any) -> Any:
+        """What the method learns, out of the Gram matrix; what a fallback has learnt is that already."""
+        return out_of(stats, self.inner.stats)
+
+
 def out_of(stats: Any, kind: type[Any]) -> Any:
     """What statistics of the type `kind` know of the same inputs as `stats`, which know at least that."""
     if isinstance(stats, kind):

@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 
 from llmprune.errors import ConfigError, nearest
-from llmprune.methods.base import Method, Pruned, Share, out_of
+from llmprune.methods.base import Around, Method, Pruned
 from llmprune.methods.grid import Grid, fitted
 from llmprune.methods.registry import settled
 from llmprune.methods.sparsegpt import SparseGPT, onto_grid
-from llmprune.pattern import Pattern
+from llmprune.pattern import Pattern, Within
 from llmprune.stats import Gram, InputNorms, NoStats, Stats
 
 BITS = {"int8": 8, "int4": 4}
@@ -103,7 +103,26 @@ def build(kind: str, settings: Mapping[str, Any]) -> Quantize:
 
 
 @dataclass(frozen=True)
-class Quantized(Method[Gram]):
+class Kept(Method[NoStats]):
+    """Keeps every weight that is not zero, as it is: what has been pruned already."""
+
+    name: ClassVar[str] = "kept"
+    stats: ClassVar[type[NoStats]] = NoStats
+    within: ClassVar[Within] = "row"
+    paper: ClassVar[str] = "none"
+    exact: ClassVar[bool] = False
+
+    def prune(self, weight: Tensor, stats: NoStats, pattern: Pattern) -> Pruned:
+        """`weight` and where it is not zero."""
+        return Pruned(weight, weight != 0)
+
+    def by_rows(self, pattern: Pattern) -> bool:
+        """Nothing is compared."""
+        return True
+
+
+@dataclass(frozen=True)
+class Quantized(Around):
     """Another method, what it keeps rounded.
 
     Attributes:
@@ -115,7 +134,6 @@ class Quantized(Method[Gram]):
     how: Quantize
 
     name: ClassVar[str] = "quantize"
-    stats: ClassVar[type[Gram]] = Gram
     paper: ClassVar[str] = "Frantar and Alistarh 2023, arXiv 2301.00774, sec. 3.5"
 
     def __post_init__(self) -> None:
@@ -130,18 +148,9 @@ class Quantized(Method[Gram]):
         """The method, and how it is rounded."""
         return f"{self.inner.called} in {self.how.kind}"
 
-    @property
-    def exact(self) -> bool:
-        """As the method is."""
-        return self.inner.exact
-
     def settings(self) -> dict[str, Any]:
         """The method's own."""
         return self.inner.settings()
-
-    def resolve(self, pattern: Pattern) -> Pattern:
-        """As the method does."""
-        return self.inner.resolve(pattern)
 
     def needs_tokens(self, features: int) -> int:
         """What the method needs, and for the sweep what SparseGPT's own does."""
@@ -152,35 +161,13 @@ class Quantized(Method[Gram]):
         """First the method, rounded to the nearest; then what the method falls back to."""
         if self.how.rounding == "gptq":
             return replace(self, how=replace(self.how, rounding="nearest")), stats
-        inner, known = self.inner.fallback(self._known(stats))
+        inner, known = self.inner.fallback(self.inner_stats(stats))
         return replace(self, inner=inner), known
 
-    def by_rows(self, pattern: Pattern) -> bool:
-        """Where the method allows it: what is kept is rounded row by row."""
-        return self.inner.by_rows(pattern)
-
-    def prune(self, weight: Tensor, stats: Gram, pattern: Pattern) -> Pruned:
-        """The method's mask, with values on a grid."""
-        return next(self.prune_together([weight], stats, pattern))
-
-    def prune_together(
-        self, weights: Sequence[Tensor], stats: Gram, pattern: Pattern
+    def follow(
+        self, weights: Sequence[Tensor], found: list[Pruned], stats: Any, pattern: Pattern
     ) -> Iterator[Pruned]:
-        """The method's masks of matrices that read one input, with values on a grid each."""
-        found = list(self.inner.prune_together(weights, self._known(stats), pattern))
-        return self._rounded(weights, found, stats)
-
-    def prune_rows(
-        self, weights: Sequence[Tensor], stats: Gram, pattern: Pattern, shares: Sequence[Share]
-    ) -> Iterator[Pruned]:
-        """`prune_together` of some rows of each matrix."""
-        found = list(self.inner.prune_rows(weights, self._known(stats), pattern, shares))
-        return self._rounded(weights, found, stats)
-
-    def _rounded(
-        self, weights: Sequence[Tensor], found: list[Pruned], stats: Stats
-    ) -> Iterator[Pruned]:
-        """All are `found` before: what they were found with may lie in the memory of the sums."""
+        """The masks, with values on a grid each."""
         for weight in weights:
             first = found.pop(0)
             if self.how.rounding == "nearest":
@@ -214,10 +201,6 @@ class Quantized(Method[Gram]):
         """Nothing is held back for later: what is rounded has its final value."""
         notes = {**first.notes, **more, "quantize": self.how.kind}
         return Pruned(values.to(first.weight.dtype), first.keep, notes, grid=grid)
-
-    def _known(self, stats: Any) -> Any:
-        """What the method learns, out of the Gram matrix; what a fallback has learnt is that already."""
-        return out_of(stats, self.inner.stats)
 
 
 def _diagonal(stats: Stats, weight: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from llmprune.errors import ConfigError
-from llmprune.methods.base import Method, Pruned, Share, out_of
+from llmprune.methods.base import Around, Method, Pruned
 from llmprune.methods.swaps import FLOOR, exchange
 from llmprune.pattern import Pattern
 from llmprune.stats import Gram, Stats
@@ -165,7 +165,7 @@ def _solve(v: Tensor, keep: Tensor, problem: Problem) -> tuple[Tensor, int]:
 
 
 @dataclass(frozen=True)
-class Refitted(Method[Gram]):
+class Refitted(Around):
     """Another method's mask with the best values for it.
 
     Attributes:
@@ -179,7 +179,6 @@ class Refitted(Method[Gram]):
     swaps: int = 0
 
     name: ClassVar[str] = "refit"
-    stats: ClassVar[type[Gram]] = Gram
     paper: ClassVar[str] = "Meng et al. 2024, arXiv 2406.07831, sec. 3.3"
 
     def __post_init__(self) -> None:
@@ -189,19 +188,10 @@ class Refitted(Method[Gram]):
                 f"refit_swaps is a number of passes, 0 to {MOST_PASSES}, got {self.swaps}"
             )
 
-    @property
-    def exact(self) -> bool:
-        """As the method is."""
-        return self.inner.exact
-
     def settings(self) -> dict[str, Any]:
         """The method's own, and the refit's."""
         mine = {"refit": True, "refit_damping": self.damping, "refit_swaps": self.swaps}
         return {**self.inner.settings(), **mine}
-
-    def resolve(self, pattern: Pattern) -> Pattern:
-        """As the method does."""
-        return self.inner.resolve(pattern)
 
     def needs_tokens(self, features: int) -> int:
         """What the method and the refit need."""
@@ -209,44 +199,18 @@ class Refitted(Method[Gram]):
 
     def fallback(self, stats: Gram) -> tuple[Method[Any], Stats]:
         """The method without a refit."""
-        return self.inner, self._known(stats)
+        return self.inner, self.inner_stats(stats)
 
-    def by_rows(self, pattern: Pattern) -> bool:
-        """Where the method allows it: the refit itself knows single rows."""
-        return self.inner.by_rows(pattern)
-
-    def prune(self, weight: Tensor, stats: Gram, pattern: Pattern) -> Pruned:
-        """The method's mask, refit."""
-        return next(self.prune_together([weight], stats, pattern))
-
-    def prune_together(
-        self, weights: Sequence[Tensor], stats: Gram, pattern: Pattern
-    ) -> Iterator[Pruned]:
-        """The method's masks of matrices that read one input, refit."""
-        found = list(self.inner.prune_together(weights, self._known(stats), pattern))
-        return self._refit(weights, found, stats, pattern)
-
-    def prune_rows(
-        self, weights: Sequence[Tensor], stats: Gram, pattern: Pattern, shares: Sequence[Share]
-    ) -> Iterator[Pruned]:
-        """`prune_together` of some rows of each matrix."""
-        found = list(self.inner.prune_rows(weights, self._known(stats), pattern, shares))
-        return self._refit(weights, found, stats, pattern)
-
-    def _refit(
+    def follow(
         self, weights: Sequence[Tensor], found: list[Pruned], stats: Gram, pattern: Pattern
     ) -> Iterator[Pruned]:
-        """All masks are `found` before: what they were found with may lie in the memory of the sums."""
+        """The masks, refit."""
         problem = Problem(stats, self.damping)
         for weight in weights:
             first = found.pop(0)
             best, unsolved = refit(weight, first.keep, problem)
             done = Pruned(best, first.keep, {**first.notes, **told(unsolved)})
             yield swapped(weight, done, problem, pattern, self.swaps) if self.swaps else done
-
-    def _known(self, stats: Gram) -> Any:
-        """What the method learns, out of the Gram matrix."""
-        return out_of(stats, self.inner.stats)
 
 
 def wrapped(cls: type[Method[Any]], settings: Mapping[str, Any]) -> Method[Any]:

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from llmprune.errors import ConfigError
+from llmprune.kernels import sweep
 from llmprune.methods.base import Method, Pruned, Share, register
 from llmprune.methods.grid import Grid, nearest
 from llmprune.methods.wanda import Wanda
@@ -108,8 +109,7 @@ class SparseGPT(Method[Gram]):
         notes = {"damping": factor.damping} if factor.raised else {}
         for taken in _stacks(weights, shares):
             some, parts = weights[taken], shares[taken]
-            edges = accumulate((len(weight) for weight in some), initial=0)
-            own = [slice(*pair) for pair in pairwise(edges)]
+            own = [slice(*pair) for pair in pairwise(accumulate(map(len, some), initial=0))]
             # columns lie in rows of `wt`, so that every step reads and writes memory in order
             wt = factor.upper.new_empty(len(factor.upper), own[-1].stop)
             for weight, rows in zip(some, own, strict=True):
@@ -117,16 +117,14 @@ class SparseGPT(Method[Gram]):
             wt[factor.dead] = 0
             kt = torch.ones_like(wt, dtype=torch.bool)
             spares = self._sweep(wt, kt, own, parts, factor.upper, pattern)
-            wt.masked_fill_(
-                kt.logical_not(), 0
-            )  # a product would leave -0.0, which no packer drops
+            # a product would leave -0.0, which no packer drops
+            wt.masked_fill_(kt.logical_not(), 0)
             for weight, rows, spare in zip(some, own, spares, strict=True):
                 w, keep = wt[:, rows].T.contiguous(), kt[:, rows].T.contiguous()
                 for row, column in spare.tolist():
                     _bring_back(w[row], weight[row].float(), stats.column(column), column)
                 keep[spare[:, 0], spare[:, 1]] = True
-                late = spare if len(spare) else None
-                yield Pruned(w.to(weight.dtype), keep, notes, late)
+                yield Pruned(w.to(weight.dtype), keep, notes, spare if len(spare) else None)
 
     def _sweep(
         self,
@@ -185,7 +183,7 @@ def onto_grid(weight: Tensor, keep: Tensor, upper: Tensor, grid: Grid, block: in
         [out, in] float32, zero where `keep` is False.
     """
     wt = weight.T.to(torch.float32, copy=True).contiguous()
-    kt = keep.T
+    kt = keep.T.contiguous()
     scales = grid.columns(len(wt))
     for start in range(0, len(wt), block):
         some = slice(start, min(start + block, len(wt)))
@@ -200,12 +198,15 @@ def _round(
 ) -> None:
     """`_solve` where the mask stands and kept weights are rounded: `wt` [width, out] ends on the grid."""
     width = len(wt)
-    if width > LEAF:
+    by_kernel = sweep.SWEEP.used(wt.device)
+    if width > (sweep.WIDTH if by_kernel else LEAF):
         half = width // 2
         _round(wt[:half], kt[:half], errors[:half], u[:half, :half], scales[:half], top)
         wt[half:].addmm_(u[:half, half:].T, errors[:half], alpha=-1)
         _round(wt[half:], kt[half:], errors[half:], u[half:, half:], scales[half:], top)
         return
+    if by_kernel:
+        return sweep.round_columns(wt, kt, errors, u, torch.stack(list(scales)), top)
     for j in range(width):
         point = nearest(wt[j], scales[j], top).masked_fill_(~kt[j], 0)
         torch.sub(wt[j], point, out=errors[j]).div_(u[j, j])
@@ -233,11 +234,15 @@ def _solve(wt: Tensor, kt: Tensor, errors: Tensor, u: Tensor, pattern: Pattern) 
     """
     width, step = len(wt), pattern.m if isinstance(pattern, NM) else 1
     half = width // 2 // step * step
-    if width > LEAF and half:
+    by_kernel = step in sweep.GROUPS and sweep.SWEEP.used(wt.device)
+    if width > (sweep.WIDTH if by_kernel else LEAF) and half:
         _solve(wt[:half], kt[:half], errors[:half], u[:half, :half], pattern)
         wt[half:].addmm_(u[:half, half:].T, errors[:half], alpha=-1)
         _solve(wt[half:], kt[half:], errors[half:], u[half:, half:], pattern)
         return
+    if by_kernel:
+        nm = (pattern.n, pattern.m) if isinstance(pattern, NM) else None
+        return sweep.prune_columns(wt, kt, errors, u, nm)
     diagonal = u.diagonal()[:, None]
     step = step if isinstance(pattern, NM) else width
     for start in range(0, width, step):
@@ -291,6 +296,5 @@ def _bring_back(w: Tensor, dense: Tensor, gram: Tensor, column: int) -> None:
     With E = dense - w, the error E G E^T has its minimum along this one weight at a step of
     (E G)_column / G_column,column. `gram` [in] is that column of G.
     """
-    scale = float(gram[column])
-    if scale > 0:
+    if (scale := float(gram[column])) > 0:
         w[column] += (dense - w) @ gram / scale

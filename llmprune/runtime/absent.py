@@ -31,7 +31,7 @@ class LaidOut:
     def __init__(
         self,
         kernel: str,
-        shape: tuple[int, int],
+        shape: tuple[int, ...],
         transposed: bool,
         turned: bool,
         layout: list[Tensor],

@@ -12,7 +12,7 @@ import torch
 from llmprune.checkpoint.headers import Headers
 from llmprune.errors import CheckpointError, ModelError
 from llmprune.runtime.routes import GUARD, Routes, find_routes
-from llmprune.runtime.seats import packed_weights, take_seats
+from llmprune.runtime.seats import hold_pattern, packed_weights, take_seats
 from llmprune.runtime.unpacking import Names, Unpacking, transforms
 
 if TYPE_CHECKING:
@@ -92,6 +92,8 @@ class Arrival:
         for name, held in packed_weights(model).items():
             held.check(name)
             held.values.requires_grad_(False)  # trained only when asked for
+        for name, pattern in self.routes.patterns.items():
+            hold_pattern(model, name, pattern)
         used = model._weight_conversions or ()
         return [t for t in used if not isinstance(t, Names | Unpacking)]
 

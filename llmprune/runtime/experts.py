@@ -2,15 +2,18 @@
 
 The module stays what it is, of a class made from its own, so that the family's forward, activations and
 biases are those of transformers. Where it reads `gate_up_proj`, it finds a view: `gate_up_proj[e]` is
-multiplied packed, one expert at a time. transformers has faster ways to run dense experts (grouped_mm), which
-need them all dense at once; packed ones always run the family's own loop.
+multiplied packed, one expert at a time. transformers has faster ways to run dense experts (grouped_mm),
+which need them all dense at once; packed ones run the family's own loop. On a GPU, where a kernel holds
+them, `fused` runs them all at once (`laid_experts`).
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any, ClassVar
 
@@ -18,9 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from llmprune.checkpoint.census import Axis
+from llmprune.errors import CheckpointError
+from llmprune.kernels.interface import Mixture
 from llmprune.kernels.packed import Packed, count
 from llmprune.kernels.sparse_linear import expanded
-from llmprune.runtime import opaque
+from llmprune.runtime import fused, laid_experts, opaque
+from llmprune.runtime.absent import LaidOut
 from llmprune.runtime.fit import check_packed, take_packed
 from llmprune.runtime.view import PackedMatrix, PackedStack
 
@@ -42,7 +48,7 @@ class Room:
     transposed: bool | None = None
 
 
-_PASSING = ("_counted", "_shares", "_number")  # of a module as it is now, not of its copies
+_PASSING = ("_counted", "_shares", "_number", "_laid", "_expands")  # not of its copies
 
 
 class PackedModule(nn.Module):
@@ -59,6 +65,8 @@ class PackedModule(nn.Module):
 
     rooms: dict[str, Room]
     _number: int
+    _laid: dict[str, LaidOut]
+    _expands: tuple[torch.dtype, torch.device] | None  # where it was chosen to leave it stored
 
     def __getattr__(self, name: str) -> Any:
         if name in self.__dict__.get("rooms", ()):
@@ -66,11 +74,27 @@ class PackedModule(nn.Module):
         return super().__getattr__(name)
 
     def packed(self, name: str) -> Packed:
-        """Values and bitmap of a packed parameter, not copied."""
+        """Values and bitmap of a packed parameter, not copied; the stored form is brought back for that."""
+        if not torch.compiler.is_compiling():
+            laid_experts.bring_back(self)
+        return Packed(*self.parts(name), self.rooms[name].shape)
+
+    def parts(self, name: str) -> tuple[nn.Parameter, Tensor]:
+        """Values and bitmap of a packed parameter, or what stands for them."""
         values, bitmap = self._parameters[f"{name}_values"], self._buffers[f"{name}_bitmap"]
         assert values is not None
         assert bitmap is not None
-        return Packed(values, bitmap, self.rooms[name].shape)
+        return values, bitmap
+
+    @property
+    def decorated(self) -> bool:
+        """Whether transformers has wrapped other ways to run experts around the family's own."""
+        return self._dense_class.forward is not type(self)._own_forward
+
+    def cases(self, tokens: int) -> list[Mixture]:
+        """What kernels for all experts at once are asked to do for so many tokens, by parameter."""
+        stacked = (name for name, room in self.rooms.items() if len(room.shape) == 3)
+        return [laid_experts.case(self, name, tokens) for name in stacked]
 
     def check(self) -> None:
         """Refuse values and bitmaps that do not fit each other; to be called when they are loaded.
@@ -82,9 +106,12 @@ class PackedModule(nn.Module):
             check_packed(self.packed(name))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The family's own."""
+        """The family's own, or what it computes, all experts at once, where they are laid out for that."""
         if all(len(room.shape) == 2 for room in self.rooms.values()):  # nothing is shared out
             return self._own_forward(self, *args, **kwargs)
+        given = fused.arguments(args, kwargs)
+        if given is not None and (laid := fused.taken(laid_experts.at_hand(self))):
+            return fused.forward(self, laid, *given)
         if torch.compiler.is_compiling():
             return self._compiled(*args, **kwargs)
         return self.run_own(*args, **kwargs)
@@ -110,17 +137,25 @@ class PackedModule(nn.Module):
             del self.__dict__["_shares"]
 
     def _view(self, name: str) -> Any:
-        packed, room = self.packed(name), self.rooms[name]
+        room = self.rooms[name]
         if len(room.shape) == 2:
-            view = PackedMatrix(packed, room.pattern, room.axis)
+            view = PackedMatrix(self.packed(name), room.pattern, room.axis)
             return view.expanded() if torch.compiler.is_compiling() else view
-        values_of = self._shared_out(name, packed)
+        asked = list[tuple[Packed, Callable[[int], Tensor]]]()
 
         def matrix(expert: int) -> PackedMatrix:
+            if not asked:  # not before: it takes the stored form
+                packed = self.packed(name)
+                asked.append((packed, self._shared_out(name, packed)))
+            packed, values_of = asked[0]
             one = Packed(values_of(expert), packed.bitmap[expert], packed.shape[1:])
             return PackedMatrix(one, room.pattern, room.axis)
 
-        return PackedStack(matrix, room.shape[0])
+        laid = laid_experts.held(self)
+        kernel = None if laid is None else laid[name].kernel
+        return PackedStack(
+            matrix, room.shape[0], False, partial(laid_experts.case, self, name), kernel
+        )
 
     def _shared_out(self, name: str, packed: Packed) -> Callable[[int], Tensor]:
         """Gives the values of an expert.
@@ -150,10 +185,17 @@ class PackedModule(nn.Module):
         return found
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """As any module; then the matrices lie as a kernel of their new device reads them."""
+        laid_experts.bring_back(self)
         self.__dict__.pop("_counted", None)  # it holds on to the bitmaps that are replaced
-        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        self._expands = None
+        with suppress(CheckpointError):  # `to_empty` makes room for what is still to come
+            laid_experts.lay_out(self)  # and a forward would raise it
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
+        laid_experts.bring_back(self)
         return {k: v for k, v in self.__dict__.items() if k not in _PASSING}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -164,6 +206,7 @@ class PackedModule(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         """Take values of any number with their bitmap, or a dense parameter for the mask that is here."""
+        laid_experts.bring_back(self)
         for name, room in self.rooms.items():
             take_packed(self, name, room.shape, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
@@ -172,7 +215,8 @@ class PackedModule(nn.Module):
         """What is packed."""
         told = [super().extra_repr()] if super().extra_repr() else []
         for name, room in self.rooms.items():
-            told.append(f"{name}: {room.pattern}, {self.packed(name).bytes:,} bytes")
+            taken = sum(part.nbytes for part in self.parts(name))
+            told.append(f"{name}: {room.pattern}, {taken:,} bytes")
         return ", ".join(told)
 
 
@@ -205,7 +249,7 @@ def hold(
     if not isinstance(module, PackedModule):
         kind: Any = type(module)
         module.__dict__["rooms"] = {}
-        module.__dict__["_number"] = opaque.number(module)
+        module.__dict__ |= {"_number": opaque.number(module), "_laid": {}, "_expands": None}
         module.__class__ = _packed_class(kind)
     module.__dict__["rooms"][name] = Room(tuple(packed.shape), pattern, axis, transposed)
 
@@ -219,7 +263,8 @@ def release(module: PackedModule, name: str) -> None:
     module.__dict__.pop("_counted", None)
     module.register_parameter(name, nn.Parameter(dense))
     if not module.rooms:
-        del module.__dict__["rooms"], module.__dict__["_number"]
+        for added in ("rooms", "_number", "_laid", "_expands"):
+            del module.__dict__[added]
         module.__class__ = module._dense_class  # type: ignore[assignment]
 
 
@@ -236,7 +281,7 @@ def _blank(dense: Any) -> nn.Module:
     """What unpickling fills."""
     made = _packed_class(dense)
     module = made.__new__(made)
-    module.__dict__["_number"] = opaque.number(module)
+    module.__dict__ |= {"_number": opaque.number(module), "_laid": {}, "_expands": None}
     return module
 
 

@@ -112,7 +112,7 @@ def _made(layer: SparseLinear) -> LaidOut | None:
             f"a matrix {list(layer.shape)} is said to hold {layer.pattern}, but: {error}; get the "
             "checkpoint again"
         ) from None
-    if not _equal(kernel.packed(layout, seen.shape), seen):
+    if not equal(kernel.packed(layout, seen.shape), seen):
         raise ModelError(
             f"{kernel.name} does not give back a matrix {list(layer.shape)} as it was; set "
             "LLMPRUNE_KERNEL=expand to do without it"
@@ -126,7 +126,11 @@ def _made(layer: SparseLinear) -> LaidOut | None:
 
 def _may_be_laid_out(layer: SparseLinear) -> bool:
     """Whether the stored form of a layer may give place to another just now."""
-    values, bitmap = _parts(layer)
+    return may_give_way(layer, *_parts(layer))
+
+
+def may_give_way(module: nn.Module, values: Tensor | None, bitmap: Tensor | None) -> bool:
+    """Whether stand-ins may take the place of a packed parameter of a module just now."""
     if type(values) is not nn.Parameter or type(bitmap) is not Tensor:
         return False  # of a library that has put something of its own there
     if values.requires_grad or values.is_meta or bitmap.is_meta:
@@ -135,12 +139,12 @@ def _may_be_laid_out(layer: SparseLinear) -> bool:
         return False
     if getattr(DistributedDataParallel, "_active_ddp_module", None) is not None:
         return False  # it writes to all buffers before its next forward
-    hook = getattr(layer, "_hf_hook", None)  # of accelerate: its weights come for one forward only
+    hook = getattr(module, "_hf_hook", None)  # of accelerate: its weights come for one forward only
     return not any(getattr(h, "offload", False) for h in (hook, *getattr(hook, "hooks", ())))
 
 
 def prepare(model: nn.Module) -> dict[str, int]:
-    """Lay out every packed linear layer for the kernel that is chosen for it, one after the other.
+    """Lay out all packed linear layers and fused experts for the kernels that are chosen, one by one.
 
     A model that comes to a GPU is laid out there, and every forward but those of training lays out what is
     not, so this is needed only where no forward runs in between: before torch.compile and before a CUDA graph
@@ -151,12 +155,15 @@ def prepare(model: nn.Module) -> dict[str, int]:
         model: any module.
 
     Returns:
-        How many layers are held for which kernel; `expand` reads the stored form.
+        How many matrices are held for which kernel, those of all experts as one; `expand` reads the stored
+        form.
 
     Raises:
         CheckpointError: when a matrix does not hold the pattern that it is said to hold.
         ModelError: when a kernel does not give back what it was given.
     """
+    from llmprune.runtime import laid_experts
+    from llmprune.runtime.experts import PackedModule
     from llmprune.runtime.linear import SparseLinear
 
     kernels = Counter[str]()
@@ -168,11 +175,14 @@ def prepare(model: nn.Module) -> dict[str, int]:
             layer._expands = None
             laid = lay_out(layer)
             kernels[EXPAND.name if laid is None else laid.kernel] += 1
+        elif isinstance(layer, PackedModule):
+            kernels.update(laid_experts.prepare(layer))
     return dict(kernels)
 
 
 def tell_expanded(model: nn.Module) -> None:
     """Say of a model on a GPU how many packed matrices no kernel takes: they make it slower."""
+    from llmprune.runtime import laid_experts
     from llmprune.runtime.experts import PackedModule
     from llmprune.runtime.linear import SparseLinear
 
@@ -182,8 +192,9 @@ def tell_expanded(model: nn.Module) -> None:
             all_of_them += 1
             held_by_none += held(module) is None
         elif isinstance(module, PackedModule):
-            on_gpu = sum(_on_gpu(module.packed(name).values) for name in module.rooms)
-            all_of_them, held_by_none = all_of_them + on_gpu, held_by_none + on_gpu
+            on_gpu = sum(_on_gpu(module.parts(name)[0]) for name in module.rooms)
+            all_of_them += on_gpu
+            held_by_none += 0 if laid_experts.held(module) else on_gpu
     if held_by_none:
         tell(
             f"{held_by_none} of {all_of_them} packed parameters are expanded in each forward: that saves "
@@ -219,7 +230,7 @@ def stored(layer: SparseLinear) -> list[Tensor]:
         return [values if values.requires_grad else values.detach(), layer.weight_bitmap]
 
 
-def _equal(one: Packed, other: Packed) -> bool:
+def equal(one: Packed, other: Packed) -> bool:
     """Bit for bit."""
     width = {2: torch.int16, 4: torch.int32, 8: torch.int64}[other.values.element_size()]
     return (

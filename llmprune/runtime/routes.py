@@ -93,6 +93,7 @@ class Routes:
         collected: file key, likewise, to the name in the model and the part that it is.
         groups: by the name in the model under which their parts are collected.
         flaws: what was found to be wrong with matrices while they were loaded.
+        patterns: `n:m` along the last dimension, by parameter, of those that are whole rows of such matrices.
     """
 
     seats: dict[str, Seat]
@@ -101,6 +102,7 @@ class Routes:
     collected: dict[str, tuple[str, Part]] = field(default_factory=dict)
     groups: dict[str, Group] = field(default_factory=dict)
     flaws: list[str] = field(default_factory=list)
+    patterns: dict[str, str] = field(default_factory=dict)
 
     @property
     def fewer(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -70,6 +70,16 @@ def take_seats(model: PreTrainedModel, seats: Mapping[str, Seat]) -> None:
             model.set_submodule(path, layer.train(module.training))
         else:
             hold(module, name, packed, seat.pattern, seat.axis)
+
+
+def hold_pattern(model: nn.Module, parameter: str, pattern: str) -> None:
+    """Have a packed parameter be known to hold a pattern along its last dimension."""
+    path, _, name = parameter.rpartition(".")
+    module = model.get_submodule(path)
+    if isinstance(module, PackedModule):
+        module.rooms[name] = replace(module.rooms[name], pattern=pattern, axis="rows")
+    elif isinstance(module, SparseLinear):
+        module.pattern, module.axis = pattern, "rows"
 
 
 @dataclass(frozen=True)

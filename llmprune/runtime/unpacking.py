@@ -17,8 +17,9 @@ from transformers.core_model_loading import (
 
 from llmprune.checkpoint.sparse import BITMAP, SCALES, VALUES, WHOLE, Spec
 from llmprune.checkpoint.unpack import WEIGHTS_AT_ONCE
-from llmprune.checkpoint.whole import flaw, of_halves, products, rows_of_scales, spread
+from llmprune.checkpoint.whole import flaw, rows_of_scales, spread
 from llmprune.errors import CheckpointError, short
+from llmprune.kernels.few_bits import of_halves, products
 from llmprune.kernels.packed import Packed, count, nonzero_bits, pack, unpack, unpack_bits
 from llmprune.runtime.fit import check_packed
 from llmprune.runtime.routes import Group, Part, Routes
@@ -128,7 +129,11 @@ class _Unpack(ConversionOps):  # type: ignore[misc]
             return None
         like = next(iter(packed.values())).values
         given = {name: pack(weight.to(like.dtype)) for name, weight in dense.items()}
-        return rearranged({**packed, **given}, lambda tensors: _convert(group, tensors, model))
+        found = rearranged({**packed, **given}, lambda tensors: _convert(group, tensors, model))
+        held = {(o.spec.pattern, o.spec.axis) if o.spec else None for o in group.origins}
+        if found is not None and len(held) == 1 and (one := held.pop()) and one[1] == "rows":
+            self.routes.patterns |= dict.fromkeys(found, one[0])
+        return found
 
     def _converted(
         self, group: Group, packed: Mapping[str, Packed], dense: Mapping[str, Tensor], model: Any

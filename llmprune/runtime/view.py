@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from llmprune.checkpoint.census import Axis
 from llmprune.kernels.choice import EXPAND
-from llmprune.kernels.interface import Case
+from llmprune.kernels.interface import Case, Mixture
 from llmprune.kernels.packed import Packed
 from llmprune.kernels.sparse_linear import expanded, sparse_linear
 
@@ -144,11 +144,15 @@ class PackedStack(View):
         matrices: gives one of them by its number.
         experts: how many there are.
         flipped: whether what is seen of each is its transpose.
+        case: what a kernel for all of them is asked to do for inputs of so many tokens.
+        kernel: the form that they are held in; None where they are stored as in a file.
     """
 
     matrices: Callable[[int], PackedMatrix]
     experts: int
-    flipped: bool = False
+    flipped: bool
+    case: Callable[[int], Mixture]
+    kernel: str | None
 
     def __len__(self) -> int:
         return self.experts
@@ -188,7 +192,7 @@ class PackedStack(View):
     def transpose(self, first: int, second: int) -> Any:
         """Each expert turned around, nothing moved; other dimensions as the dense tensor does."""
         if {first % 3, second % 3} == {1, 2}:
-            return PackedStack(self.matrices, self.experts, not self.flipped)
+            return replace(self, flipped=not self.flipped)
         return self.expanded().transpose(first, second)
 
     def expanded(self) -> Tensor:
