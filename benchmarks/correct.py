@@ -39,6 +39,7 @@ os.environ["LLMPRUNE_MEASURE"] = "0"  # what other parts measure meanwhile would
 from rounded import NAMES, rounded
 
 from llmprune import SparseLinear
+from llmprune.kernels.bitmap import bitmap_gemv, exact, pack_bitmap, pack_exact
 from llmprune.kernels.choice import explain
 from llmprune.kernels.few_bits import expand_few
 from llmprune.kernels.n8_mma import n8_mma, pack_n8
@@ -52,6 +53,8 @@ from llmprune.kernels.s24_mma import pack_gate_up, pack_s24, s24_mma, unavailabl
 TOKENS = (1, 2, 3, 7, 8, 9, 16, 17, 33, 64)
 SHAPES = ((4096, 14336), (6144, 4096), (333, 1100))  # [out, in]
 PATTERNS = ((2, 4), (4, 8), (8, 16))
+FOR_BITMAP = (1, 7, 16)  # tokens: what each tells the compiler is compiled apart, and takes seconds
+OF_32 = (0, 16)  # kept; 0 is any number
 REPEATS = 100
 PARTS = (
     "s24_mma bfloat16",
@@ -62,10 +65,12 @@ PARTS = (
     *(f"n8_mma {n}:8 {dtype}" for n in (4, 3, 2) for dtype in ("bfloat16", "float16")),
     "nm_gemv bfloat16",
     "nm_gemv float16",
+    "bitmap bfloat16",
+    "bitmap float16",
     "dispatch bfloat16",
     "dispatch 4:8 bfloat16",
 )
-KERNELS = ("s24_mma", "s24_bits", "n8_mma", "nm_gemv", "dispatch")
+KERNELS = ("s24_mma", "s24_bits", "n8_mma", "nm_gemv", "bitmap", "dispatch")
 THROUGH_DISPATCH = (1, 8, 9, 64, 65, 512)  # tokens; one and more pieces, expanded
 SECONDS = 95  # for all parts
 
@@ -187,7 +192,9 @@ def examine(name: str, device: torch.device, small: bool) -> Found:
     for shape in ((5, 76),) if small else SHAPES:
         for what, dense, call in _products(name, shape, dtype, device, small, found):
             several: tuple[int, ...] = THROUGH_DISPATCH
-            if kernel != "dispatch":
+            if kernel == "bitmap":
+                several = FOR_BITMAP
+            elif kernel != "dispatch":
                 several = tuple(t for t in TOKENS if t <= 8) if kernel == "nm_gemv" else TOKENS
             for tokens in (3,) if small else several:
                 _compare(found, f"{what} {tokens} tokens", call, dense, tokens, small)
@@ -213,6 +220,16 @@ def _products(
             gemv = replace(gemv, words=_amid(gemv.words))
             yield f"{n}:{m} {told}", [dense], partial(_by, nm_gemv, gemv)
         return
+    if name.startswith("bitmap"):
+        for n in OF_32[:1] if small else OF_32:
+            if n and shape[1] % 32:
+                continue
+            dense = _matrix(shape, n or 2, 32 if n else 4, dtype, device)
+            packed = pack(dense)
+            layout = exact(pack_exact(packed, n), shape, n, dtype) if n else pack_bitmap(packed)
+            layout = replace(layout, values=_amid(layout.values), words=_amid(layout.words))
+            yield f"{n or 'any'} of 32 {told}", [dense], partial(_by, bitmap_gemv, layout)
+        return
     n, m = _nm(name)
     shape = (shape[0], shape[1] // m * m)
     gate, up = (_matrix(shape, n, m, dtype, device, seed) for seed in (0, 1))
@@ -224,8 +241,8 @@ def _products(
     if name.startswith("s24_mma"):
         both = "gate and up" in name
         s24 = pack_gate_up(pack(gate), pack(up)) if both else pack_s24(pack(gate))
-        layout = replace(s24, words=_amid(s24.words))
-        yield told, [gate, up] if both else [gate], partial(_by, s24_mma, layout)
+        apart = replace(s24, words=_amid(s24.words))
+        yield told, [gate, up] if both else [gate], partial(_by, s24_mma, apart)
         return
     if name.startswith("s24_bits"):
         few = rounded(gate, NAMES[name.rpartition(" ")[0]])

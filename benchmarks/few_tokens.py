@@ -53,13 +53,14 @@ from timing import (
 )
 
 from llmprune import SparseLinear
+from llmprune.kernels.bitmap import bitmap_gemv, pack_bitmap
 from llmprune.kernels.choice import explain
 from llmprune.kernels.gemv_layout import pack_gemv
 from llmprune.kernels.n8_layout import KEPT, pack_n8
 from llmprune.kernels.n8_mma import n8_mma
 from llmprune.kernels.n8_mma import unavailable as n8_unavailable
 from llmprune.kernels.nm_gemv import nm_gemv
-from llmprune.kernels.packed import pack
+from llmprune.kernels.packed import Packed, pack
 from llmprune.kernels.s24_bits import unavailable as bits_unavailable
 from llmprune.kernels.s24_layout import pack_s24
 from llmprune.kernels.s24_mma import s24_mma, unavailable
@@ -78,7 +79,7 @@ SHAPES = {  # [out, in] of the linear layers, q, k and v as one, gate and up as 
 }
 SMALL = {"small": (64, 256), "ragged": (37, 300)}
 TOKENS = (1, 8, 16, 4, 32, 64)
-OURS = ("nm_gemv", "s24_mma", *NAMES, "n8_mma", "dispatch")
+OURS = ("nm_gemv", "bitmap", "s24_mma", *NAMES, "n8_mma", "dispatch")
 PATTERNS = {"2:4": (2, 4), **{f"{n}:8": (n, 8) for n in KEPT}}
 
 
@@ -215,6 +216,9 @@ def _ours(
         gemv = pack_gemv(packed, *nm)
         layouts = [replace(gemv, words=words) for words in copies(gemv.words)]
         yield Contender("nm_gemv", 8, gemv.bytes, [partial(nm_gemv, layout=w) for w in layouts])
+    # Interpreted, a call of it takes a second: one shape of a rehearsal is enough.
+    if "bitmap" in names and (dense.is_cuda or tuple(dense.shape) == SMALL["ragged"]):
+        yield _any_mask(packed)
     if "s24_mma" in names:
         s24 = pack_s24(packed)
         held = [replace(s24, words=words) for words in copies(s24.words)]
@@ -230,6 +234,16 @@ def _ours(
         again = len(copies(dense.flatten()[: max(1, taken // dense.element_size())]))
         layers = [layer, *(deepcopy(layer) for _ in range(again - 1))]
         yield Contender("dispatch", MANY, taken, list(layers))
+
+
+def _any_mask(packed: Packed) -> Contender:
+    """Bitmap, whose time goes with the share that is kept, a half, whatever the mask."""
+    layout = pack_bitmap(packed)
+    several = [
+        replace(layout, values=values, words=words)
+        for values, words in zip(copies(layout.values), copies(layout.words), strict=False)
+    ]
+    return Contender("bitmap", 16, layout.bytes, [partial(bitmap_gemv, layout=w) for w in several])
 
 
 def _layer(dense: Tensor) -> SparseLinear:

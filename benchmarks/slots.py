@@ -1,6 +1,7 @@
 """Instruction slots that the loops of the kernels take for each dense weight, counted in code for GPUs.
 
     PYTHONPATH=.:tests python benchmarks/slots.py --out benchmarks/results/slots.json      needs no GPU
+    PYTHONPATH=.:tests python benchmarks/slots.py --out benchmarks/results/slots_bitmap.json --kernels bitmap
 
 What triton compiles for a GPU is disassembled (tests/codegen.py); the longest loop is counted. A slot is an
 instruction of one lane: 32 for each instruction of a warp, over the weights that a warp goes through in a
@@ -17,6 +18,8 @@ from typing import Any
 
 import torch
 from codegen import Found, Job, can_compile, found
+from test_kernel_bitmap_codegen import BITMAP, bitmap
+from test_kernel_bitmap_codegen import weights as weights_of_any
 from test_kernel_codegen import GEMV, S24, gemv, s24
 from test_kernel_n8_codegen import N8, WEIGHTS, n8
 from test_kernel_s24_bits_codegen import BITS, s24_bits, weights
@@ -27,6 +30,7 @@ from llmprune.kernels.s24_layout import COLUMNS, ROWS, TILES
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = (80, 89, 90, 100)
+KERNELS = ("s24_mma", "s24_bits int8", "s24_bits int4", "n8_mma", "nm_gemv", "bitmap")
 
 
 def main() -> None:
@@ -34,11 +38,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES)
+    parser.add_argument("--kernels", nargs="+", default=KERNELS[:-1], choices=KERNELS)
     args = parser.parse_args()
     if not can_compile():
         raise SystemExit("the ptxas and cuobjdump that triton ships do not run here")
     result = circumstances(torch.device("cpu"), False)
-    cases = [case for arch in args.arch for case in _cases(arch)]
+    cases = [
+        case for arch in args.arch for case in _cases(arch) if case[1]["kernel"] in args.kernels
+    ]
     with tempfile.TemporaryDirectory() as cache:
         counted = found([job for job, _, _ in cases], Path(cache), ROOT)
     rows = [_row(*case, one) for case, one in zip(cases, counted, strict=True)]
@@ -62,6 +69,9 @@ def _cases(arch: int) -> Iterator[tuple[Job, dict[str, Any], int]]:
     for tokens, n, m in GEMV:
         told = _told("nm_gemv", f"{n}:{m}", tokens)
         yield gemv(arch, tokens, n, m), told, 32 * Chunk(n, m).columns
+    for tokens, n in BITMAP:
+        job = bitmap(arch, tokens, n)
+        yield job, _told("bitmap", f"{n}:32" if n else "any", tokens), weights_of_any(job)
 
 
 def _told(kernel: str, pattern: str, tokens: int) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from experts import MIXTURES
@@ -33,7 +34,7 @@ from llmprune.kernels.choice import offered
 from llmprune.kernels.experts_table import matrix_of
 from llmprune.kernels.interface import Case, Mixture
 from llmprune.kernels.measure import Bench, Way
-from llmprune.kernels.words import Words
+from llmprune.kernels.words import Measured
 
 APART = {  # the same models with q, k, v, gate and up as layers of their own, as transformers has them
     "Llama-3-8B k": (1024, 4096),
@@ -103,13 +104,18 @@ def _cases(
     small: bool,
     few: Sequence[str] = (),
 ) -> Iterator[Case]:
-    """A layer of each shape, pattern and dtype, and of 2:4 each of few bits."""
+    """A layer of each shape, pattern and dtype, and of 2:4 each of few bits.
+
+    `50%` is any mask that keeps half.
+    """
     shapes = {"small": (64, 256)} if small else {**SHAPES, **APART}
     for pattern, dtype in product(patterns, dtypes):
-        n, m = map(int, pattern.split(":"))
+        n, _, m = pattern.partition(":")
+        share = int(n) / int(m) if m else int(n.removesuffix("%")) / 100
+        held = pattern if m else "unstructured"
         for rows, columns in shapes.values():
-            kept = rows * columns // m * n
-            case = Case((rows, columns), kept, dtype, device, pattern, "rows", False, 1, False)
+            kept = round(rows * columns * share)
+            case = Case((rows, columns), kept, dtype, device, held, "rows", False, 1, False)
             yield case
             for kind in few if pattern == "2:4" else ():
                 group = GROUPS[kind] or columns
@@ -122,9 +128,9 @@ def _cases(
                 yield Mixture(**vars(plain), experts=number, each=mixture.chosen)
 
 
-def _kernels(case: Case) -> list[Words]:
+def _kernels(case: Case) -> list[Measured[Any]]:
     """Those that can multiply by a matrix for n:m."""
-    return [k for k in offered(case) if isinstance(k, Words) and k.unfit(case) is None]
+    return [k for k in offered(case) if isinstance(k, Measured) and k.unfit(case) is None]
 
 
 def _known(found: table.Table, case: Case, tokens: set[int]) -> bool:

@@ -6,20 +6,23 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from llmprune.kernels import gpu, measure
+from llmprune.kernels.bitmap_layout import WORD
 from llmprune.kernels.cusparselt import CuSparseLt
 from llmprune.kernels.dense import Dense
 from llmprune.kernels.expand import Expand
 from llmprune.kernels.held import S24_MMA, gemv, n8
+from llmprune.kernels.held_bitmap import Bitmap, bitmap_n, bitmap_of, bitmap_percent
 from llmprune.kernels.held_few import DenseFew, ExpandFew
 from llmprune.kernels.held_s24_bits import s24_few, s24_for
 from llmprune.kernels.interface import Case, Kernel, Mixture, Sparse
 from llmprune.kernels.table import counted
-from llmprune.kernels.words import Words
+from llmprune.kernels.words import Measured, Words
 
 SETTING = "LLMPRUNE_KERNEL"  # environment variable: as `prefer`
-NAMES = ("cusparselt", "s24_mma", "n8_mma", "nm_gemv", "dense", "expand")
+NAMES = ("cusparselt", "s24_mma", "n8_mma", "nm_gemv", "bitmap", "dense", "expand")
 
 
 def _slower(case: Case) -> bool:
@@ -31,8 +34,12 @@ def _slower(case: Case) -> bool:
 EXPAND: Kernel = Expand()
 DENSE: Kernel = Dense(_slower)
 KERNELS: list[Kernel] = [CuSparseLt(), S24_MMA, DENSE, EXPAND]
-"""The preferred first; `expand`, which takes everything, is last. What `FAMILIES` have is before `dense`."""
-FAMILIES: dict[str, Callable[[int, int], Words | None]] = {"n8_mma": n8, "nm_gemv": gemv}
+"""The preferred first; `expand`, which takes everything, is last. Those of a pattern are before `dense`."""
+FAMILIES: dict[str, Callable[[int, int], Words | None]] = {
+    "n8_mma": n8,
+    "nm_gemv": lambda n, m: None if m == WORD else gemv(n, m),
+    "bitmap": lambda n, m: bitmap_n(n) if m == WORD else None,
+}
 """Kernels of which there is one for each n:m that they know, or None; the preferred first."""
 FEW: dict[int, list[Kernel]] = {bits: [DenseFew(bits, _slower), ExpandFew(bits)] for bits in (8, 4)}
 """Of layers of whole numbers: in the place of `dense` and `expand`, behind `s24_mma` of their own."""
@@ -79,13 +86,16 @@ def find(name: str) -> Kernel:
     for kernel in every:
         if kernel.name == name:
             return kernel
+    if found := re.fullmatch(r"bitmap (\d{1,3})%", name):
+        return bitmap_percent(int(found[1]))
     if (found := re.fullmatch(r"(\w+) (\d{1,2}):(\d{1,2})", name)) and found[1] in FAMILIES:
         kernel_of = FAMILIES[found[1]](int(found[2]), int(found[3]))
         if kernel_of is not None:
             return kernel_of
     if found := re.fullmatch(r"s24_mma int([48])(?:/(32|64|128))?", name):
         return s24_few(int(found[1]), int(found[2] or 0))
-    known = [*(kernel.name for kernel in every), *(f"{family} n:m" for family in FAMILIES)]
+    known = [*(kernel.name for kernel in every), "n8_mma n:8", "nm_gemv n:m"]
+    known += ["bitmap n:32", "bitmap p%"]
     raise ValueError(f"no kernel {name!r}; known: {', '.join(known)}")
 
 
@@ -119,10 +129,8 @@ def _known(name: str, where: str) -> str:
 def offered(case: Case) -> list[Kernel]:
     """The kernels that come into question, the preferred first."""
     kernels = list(KERNELS)
-    if case.nm is not None:
-        for family in FAMILIES.values():
-            if (kernel := family(*case.nm)) is not None:
-                kernels.insert(kernels.index(DENSE), kernel)
+    before = kernels.index(DENSE)
+    kernels[before:before] = _of_patterns(case)
     if case.bits is not None:
         of_values = [k for k in kernels if k not in (DENSE, EXPAND)]
         kernels = [*of_values, s24_for(case), *FEW[case.bits]]
@@ -130,9 +138,23 @@ def offered(case: Case) -> list[Kernel]:
     return sorted(kernels, key=lambda kernel: kernel.name.split()[0] != first)
 
 
-def _for_groups(case: Case) -> list[Words]:
-    """Those of the kernels for n:m that a table of measurements knows."""
-    return [kernel for kernel in offered(case) if isinstance(kernel, Words)]
+def _of_patterns(case: Case) -> list[Kernel]:
+    """The kernels of which there is one for each n:m or share of kept weights.
+
+    What one for n:m can hold takes no less as any mask, so `bitmap` is left out then, unless it is asked for.
+    """
+    rows, columns = case.shape
+    any_mask = bitmap_of(case.kept, rows * columns)
+    if case.nm is None:
+        return [any_mask]
+    groups = [kernel for of in FAMILIES.values() if (kernel := of(*case.nm)) is not None]
+    fit = any(kernel.static(case) is None for kernel in groups)
+    return [*groups] if fit and preferred() != any_mask.name.split()[0] else [*groups, any_mask]
+
+
+def _for_groups(case: Case) -> list[Measured[Any]]:
+    """Those that a table of measurements knows."""
+    return [kernel for kernel in offered(case) if isinstance(kernel, Measured)]
 
 
 def refusal(kernel: Kernel, case: Case) -> str | None:
@@ -148,7 +170,7 @@ def choose(case: Case) -> Kernel:
     """
     for kernel in offered(case):
         asked = kernel.name.split()[0] == preferred()
-        if isinstance(kernel, Words) and not asked and kernel.unfit(case) is None:
+        if isinstance(kernel, Measured) and not asked and kernel.unfit(case) is None:
             measure.first(kernel, gpu.whole(case.device), case.sides, case.dtype)
         if refusal(kernel, case) is None:
             return kernel
@@ -163,9 +185,10 @@ def expands(kernel: Kernel) -> bool:
 def turns(kernel: Kernel, case: Case) -> bool:
     """Whether `kernel` is given the transpose of what is stored, and is called with `transposed` False.
 
-    Kernels for n:m want [out, in]; Conv1D stores [in, out]. `expand` takes what is stored.
+    Kernels for n:m and `bitmap` want [out, in]; Conv1D stores [in, out]. `expand` takes what is stored.
     """
-    return case.transposed and case.along_inputs and not expands(kernel)
+    by_bits = isinstance(kernel, Bitmap)
+    return case.transposed and (case.along_inputs or by_bits) and not expands(kernel)
 
 
 def explain(layer: Sparse, tokens: int) -> Explanation:

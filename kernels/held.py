@@ -10,6 +10,7 @@ from torch import Tensor
 from llmprune.kernels import gpu, n8_mma, nm_gemv, s24_mma
 from llmprune.kernels.expanding import dense_of
 from llmprune.kernels.gemv_layout import LANES, Chunk, GemvLayout, dense_gemv, pack_gemv
+from llmprune.kernels.interface import Case
 from llmprune.kernels.n8_layout import KEPT, N8Layout, dense_n8, pack_n8
 from llmprune.kernels.packed import Packed
 from llmprune.kernels.s24_layout import COLUMNS, S24Layout, dense_s24, pack_s24
@@ -65,7 +66,7 @@ class S24(Words):
 
     def splits(self, sides: tuple[int, int], warps: int) -> list[int]:
         """See `Words.splits`: a chunk of columns for each warp, or for each four that share them."""
-        return _splits(-(-sides[0] // 32), -(-sides[1] // COLUMNS) // max(1, warps // 4))
+        return splits(-(-sides[0] // 32), -(-sides[1] // COLUMNS) // max(1, warps // 4))
 
 
 class N8(Words):
@@ -139,13 +140,17 @@ class Gemv(Words):
 
     def unavailable(self, device: torch.device) -> str | None:
         """See `Words.unavailable`."""
+        return nm_gemv.unavailable(device, self.n, self.m)
+
+    def _misfit(self, case: Case) -> str | None:
+        """What is wrong with the pattern or the shape."""
         if self.m not in (2, 4, 8, 16) or not 0 < self.n < self.m:
             return f"needs m of 2, 4, 8 or 16, not {self.n}:{self.m}"
         if self._bits >= 16:
             return (
                 f"{self.n}:{self.m} would take {self._bits:g} bits per weight, the dense matrix 16"
             )
-        return nm_gemv.unavailable(device, self.n, self.m)
+        return super()._misfit(case)
 
     def lay(self, packed: Packed) -> Tensor:
         """See `Words.lay`."""
@@ -174,10 +179,10 @@ class Gemv(Words):
     def splits(self, sides: tuple[int, int], warps: int) -> list[int]:
         """See `Words.splits`: each part has a chunk of columns for each warp."""
         chunks = -(-sides[1] // Chunk(self.n, self.m).columns)
-        return _splits(-(-sides[0] // LANES), chunks // warps)
+        return splits(-(-sides[0] // LANES), chunks // warps)
 
 
-def _splits(programs: int, most: int) -> list[int]:
+def splits(programs: int, most: int) -> list[int]:
     """Powers of two up to `most`, as long as the programs that they make are not too many to be worth it."""
     powers = (2**i for i in range(6))
     return [p for p in powers if p == 1 or (p <= most and p * programs <= _PROGRAMS)]

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from llmprune.kernels.product import times
 from llmprune.kernels.table import FAIR, Matrix, Timing, counted, current, keep, most, tell
 
 if TYPE_CHECKING:
-    from llmprune.kernels.words import Words
+    from llmprune.kernels.words import Measured, Words
 
 SETTING = "LLMPRUNE_MEASURE"  # environment variable: 0 measures nothing but when `tune` is called
 QUICK = (1, 8, 16, 64, 128)  # tokens that are measured of a matrix when it is first laid out
@@ -70,7 +70,9 @@ def slow_timer(device: torch.device, ways: Sequence[Way]) -> list[float]:
     return _on_gpu(device, ways, calls=20, rounds=30)
 
 
-def first(kernel: Words, device: torch.device, sides: tuple[int, int], dtype: torch.dtype) -> None:
+def first(
+    kernel: Measured[Any], device: torch.device, sides: tuple[int, int], dtype: torch.dtype
+) -> None:
     """Measure a matrix (out, in) quickly if that has not been done, and may be now; keep it, and say so."""
     matrix = kernel.matrix(device, sides, dtype)
     if matrix in current().timings or matrix in FAILED or matrix in LEFT_OUT:
@@ -90,7 +92,7 @@ def first(kernel: Words, device: torch.device, sides: tuple[int, int], dtype: to
 
 
 def _first(
-    kernel: Words, device: torch.device, sides: tuple[int, int], dtype: torch.dtype
+    kernel: Measured[Any], device: torch.device, sides: tuple[int, int], dtype: torch.dtype
 ) -> list[Timing]:
     """By the kernel's own choice of warps and split; only what would be held dense is given the others."""
     bench, found = Bench(kernel, device, sides, dtype), list[Timing]()
@@ -127,7 +129,11 @@ class Bench:
     """Copies of a random matrix, dense and laid out, on a device."""
 
     def __init__(
-        self, kernel: Words, device: torch.device, sides: tuple[int, int], dtype: torch.dtype
+        self,
+        kernel: Measured[Any],
+        device: torch.device,
+        sides: tuple[int, int],
+        dtype: torch.dtype,
     ) -> None:
         """As many as do not fit in the L2 cache, if there is memory for them.
 
@@ -233,14 +239,16 @@ def random_words(
     return block.repeat(repeats, 1)[:rows], words
 
 
-def _copies(tensor: Tensor) -> list[Tensor]:
-    """The tensor and as many copies as fill the L2 cache, or a fourth of the free memory."""
-    device = tensor.device
+def _copies(held: Any) -> list[Any]:
+    """Tensor or list, and as many copies as fill the L2 cache, or a fourth of the free memory."""
+    parts = held if isinstance(held, list) else [held]
+    device, size = parts[0].device, sum(part.nbytes for part in parts)
     if device.type != "cuda":
-        return [tensor]
+        return [held]
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     room = min(_CACHES * cache, gpu.free(device)[0] // 4)
-    return [tensor, *(tensor.clone() for _ in range(room // tensor.nbytes))]
+    again = ([part.clone() for part in parts] for _ in range(room // size))
+    return [held, *(more if isinstance(held, list) else more[0] for more in again)]
 
 
 def _on_gpu(device: torch.device, ways: Sequence[Way], calls: int, rounds: int) -> list[float]:

@@ -67,7 +67,7 @@ def nm_gemv(
     with on_device_of(x):
         gemv_kernel[(blocks, split)](
             layout.words,
-            _by_column(x, wide * tiles),
+            by_column(x, wide * tiles),
             y if bias is None else bias.contiguous(),
             parts,
             rows,
@@ -164,7 +164,7 @@ def _tokens(tokens: int) -> tuple[int, int]:
     return (1 << (min(tokens, 4) - 1).bit_length(), 1 if tokens <= 4 else 2)
 
 
-def _by_column(x: Tensor, wide: int) -> Tensor:
+def by_column(x: Tensor, wide: int) -> Tensor:
     """X [tokens, columns] as [columns, wide], zeros behind the last token.
 
     One token stays as it is. More become float32, which spares a conversion per weight and token.

@@ -16,7 +16,7 @@ from llmprune.kernels.experts_table import matrix_of
 from llmprune.kernels.interface import Case, Mixture
 from llmprune.kernels.measure import Bench, Timer
 from llmprune.kernels.table import Matrix, Table, Timing, counted, current, keep
-from llmprune.kernels.words import Words
+from llmprune.kernels.words import Measured
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _Job = Callable[[], Bench | experts_measure.Bench]
@@ -129,7 +129,7 @@ def _jobs(cases: Iterable[Case]) -> tuple[dict[Matrix, _Job], list[str]]:
             continue
         reasons = []
         for kernel in offered(case):
-            if not isinstance(kernel, Words):
+            if not isinstance(kernel, Measured):
                 continue
             why = kernel.unfit(case)
             if why is None:
@@ -138,7 +138,7 @@ def _jobs(cases: Iterable[Case]) -> tuple[dict[Matrix, _Job], list[str]]:
                 jobs.setdefault(matrix, partial(Bench, kernel, where, case.sides, case.dtype))
             else:
                 reasons.append(f"{kernel.name} {why}")
-        if len(reasons) == sum(isinstance(k, Words) for k in offered(case)):
+        if len(reasons) == sum(isinstance(k, Measured) for k in offered(case)):
             shape = " x ".join(map(str, case.sides))
             notes[f"not measured: {shape} {case.pattern}: {'; '.join(reasons)}"] = None
     return jobs, list(notes)

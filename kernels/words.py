@@ -1,9 +1,9 @@
-"""What the kernels share that read an n:m matrix as words in an order of their own.
+"""What the kernels for few tokens share: all of them `Measured`, those that read n:m as words `Words`.
 
-A layout is [marker, words], or [marker, words, bitmap]. The marker is empty and tells the dtype. A group
-that keeps fewer than n is filled up with +0.0, so the words tell which weights are kept, those that are not
-+0.0, unless a kept weight is +0.0 itself. Then, if no group is filled up, all slots are kept, and the marker
-is [0, 1]; else the bitmap tells.
+A layout of `Words` is [marker, words], or [marker, words, bitmap]. The marker is empty and tells the dtype. A
+group that keeps fewer than n is filled up with +0.0, so the words tell which weights are kept, those that are
+not +0.0, unless a kept weight is +0.0 itself. Then, if no group is filled up, all slots are kept, and the
+marker is [0, 1]; else the bitmap tells.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,38 +28,49 @@ PIECES = (
     4  # that a product is cut into at most, each of as many tokens as a kernel takes; not measured
 )
 
+L = TypeVar("L")
 
-class Words(ABC):
-    """A kernel for few tokens; for many, and for the backward, the matrix is expanded for cuBLAS."""
+
+class Measured(ABC, Generic[L]):
+    """A kernel for few tokens; for many, and for the backward, the matrix is expanded for cuBLAS.
+
+    L is what it reads of a layout.
+    """
 
     name: str
     about: str
-    n: int
-    m: int
+    pattern: str
+    """Of the matrices that it holds, for the table."""
     tokens: int
     """Up to how many the kernel takes at once."""
     revision: int
     """Of the kernel's code, for the table."""
+    dtypes: Sequence[torch.dtype] = HALVES
+    """Of the matrices that it holds."""
 
     @abstractmethod
     def unavailable(self, device: torch.device) -> str | None:
         """Why it must not be used on `device`, or None. Tries it once there, which the host waits for."""
 
     @abstractmethod
-    def lay(self, packed: Packed) -> Tensor:
-        """The words of a matrix."""
+    def read(self, layout: Sequence[Tensor]) -> L:
+        """What the kernel reads of a layout."""
 
     @abstractmethod
-    def dense(
-        self, words: Tensor, shape: tuple[int, int], dtype: torch.dtype, slots: bool
-    ) -> Tensor:
+    def sample(
+        self, device: torch.device, sides: tuple[int, int], dtype: torch.dtype
+    ) -> tuple[Tensor, L]:
+        """A random matrix (out, in), dense and as it is read, to be measured."""
+
+    @abstractmethod
+    def dense(self, words: L, shape: tuple[int, int], dtype: torch.dtype, slots: bool) -> Tensor:
         """The matrix; with `slots` a 1 in each slot instead of its value. The host does not wait."""
 
     @abstractmethod
     def product(
         self,
         x: Tensor,
-        words: Tensor,
+        words: L,
         bias: Tensor | None,
         shape: tuple[int, int],
         warps: int | None = None,
@@ -73,12 +85,6 @@ class Words(ABC):
     def how(self, device: torch.device) -> str:
         """By what `dense` expands there, for people."""
         return how(device)
-
-    def sample(
-        self, device: torch.device, sides: tuple[int, int], dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        """A random matrix (out, in) to be measured: dense, and its words."""
-        return measure.random_words(self, device, sides, dtype)
 
     def launches(self, device: torch.device) -> bool:
         """Whether `product` can run on tensors that lie there."""
@@ -96,25 +102,14 @@ class Words(ABC):
             return "the weights are trained"
         if case.device.type != "cuda":
             return "needs an NVIDIA GPU"
-        if case.dtype not in HALVES:
-            return f"needs bfloat16 or float16, not {str(case.dtype).removeprefix('torch.')}"
+        if case.dtype not in self.dtypes:
+            known = [str(dtype).removeprefix("torch.") for dtype in (*self.dtypes, case.dtype)]
+            return f"needs {', '.join(known[:-2])} or {known[-2]}, not {known[-1]}"
         return self._misfit(case)
 
+    @abstractmethod
     def _misfit(self, case: Case) -> str | None:
         """What is wrong with the pattern or the shape."""
-        if case.nm is None or not self.holds(*case.nm):
-            return f"needs {self.n}:{self.m}, not {case.pattern}"
-        if not case.along_inputs:
-            return "needs groups along the inputs, these lie along the outputs"
-        if case.sides[1] % self.m:
-            return f"needs inputs in multiples of {self.m}, not {case.sides[1]}"
-        if not min(case.sides):
-            return "there are no weights"
-        return None
-
-    def holds(self, n: int, m: int) -> bool:
-        """Whether a matrix that keeps at most n of every m can be laid out."""
-        return (n, m) == (self.n, self.m)
 
     def refuses(self, case: Case) -> str | None:
         """See `Kernel.refuses`."""
@@ -138,7 +133,7 @@ class Words(ABC):
     def pieces(
         self,
         x: Tensor,
-        words: Tensor,
+        words: L,
         bias: Tensor | None,
         shape: tuple[int, int],
         warps: int | None = None,
@@ -184,6 +179,69 @@ class Words(ABC):
         dense = f"dense {timing.dense_us:.1f} us at {table.counted(timing.tokens)}"
         return f"{by}; measured: {timing.best:.1f} us, {dense}"
 
+    def expanded(self, layout: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+        """See `Kernel.expanded`."""
+        rows, columns = shape
+        return self.dense(self.read(layout), (rows, columns), layout[0].dtype, False)
+
+    def matmul(
+        self,
+        x: Tensor,
+        layout: Sequence[Tensor],
+        bias: Tensor | None,
+        shape: Sequence[int],
+        transposed: bool,
+    ) -> Tensor:
+        """See `Kernel.matmul`."""
+        rows, columns = shape
+        if not transposed and 0 < len(x) <= self.most and self.launches(x.device):
+            matrix = self.matrix(x.device, (rows, columns), x.dtype)
+            if (launch := self.launch(matrix, len(x))) is not None:
+                return self.pieces(x, self.read(layout), bias, (rows, columns), *launch)
+        return times(x, lambda: self.expanded(layout, shape), bias, shape, transposed)
+
+
+class Words(Measured[Tensor]):
+    """A kernel for n:m along the inputs."""
+
+    n: int
+    m: int
+
+    @property
+    def pattern(self) -> str:  # type: ignore[override]
+        """See `Measured.pattern`."""
+        return f"{self.n}:{self.m}"
+
+    @abstractmethod
+    def lay(self, packed: Packed) -> Tensor:
+        """The words of a matrix."""
+
+    def read(self, layout: Sequence[Tensor]) -> Tensor:
+        """See `Measured.read`."""
+        return layout[1]
+
+    def sample(
+        self, device: torch.device, sides: tuple[int, int], dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """See `Measured.sample`."""
+        return measure.random_words(self, device, sides, dtype)
+
+    def _misfit(self, case: Case) -> str | None:
+        """What is wrong with the pattern or the shape."""
+        if case.nm is None or not self.holds(*case.nm):
+            return f"needs {self.n}:{self.m}, not {case.pattern}"
+        if not case.along_inputs:
+            return "needs groups along the inputs, these lie along the outputs"
+        if case.sides[1] % self.m:
+            return f"needs inputs in multiples of {self.m}, not {case.sides[1]}"
+        if not min(case.sides):
+            return "there are no weights"
+        return None
+
+    def holds(self, n: int, m: int) -> bool:
+        """Whether a matrix that keeps at most n of every m can be laid out."""
+        return (n, m) == (self.n, self.m)
+
     def prepare(self, packed: Packed) -> list[Tensor]:
         """See `Kernel.prepare`.
 
@@ -209,27 +267,6 @@ class Words(ABC):
             keep = self.dense(words, (rows, columns), marker.dtype, True) != 0
         return pack(dense, keep)
 
-    def expanded(self, layout: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
-        """See `Kernel.expanded`."""
-        rows, columns = shape
-        return self.dense(layout[1], (rows, columns), layout[0].dtype, False)
-
-    def matmul(
-        self,
-        x: Tensor,
-        layout: Sequence[Tensor],
-        bias: Tensor | None,
-        shape: Sequence[int],
-        transposed: bool,
-    ) -> Tensor:
-        """See `Kernel.matmul`."""
-        rows, columns = shape
-        if not transposed and 0 < len(x) <= self.most and self.launches(x.device):
-            matrix = self.matrix(x.device, (rows, columns), x.dtype)
-            if (launch := self.launch(matrix, len(x))) is not None:
-                return self.pieces(x, layout[1], bias, (rows, columns), *launch)
-        return times(x, lambda: self.expanded(layout, shape), bias, shape, transposed)
-
     def _all_full(self, bitmap: Tensor, shape: Sequence[int]) -> bool:
         """Whether each group keeps n."""
         rows, columns = shape
@@ -250,8 +287,8 @@ class Words(ABC):
 
 @lru_cache(4096)
 def _matrix(
-    kernel: Words, device: torch.device, sides: tuple[int, int], dtype: torch.dtype
+    kernel: Measured[Any], device: torch.device, sides: tuple[int, int], dtype: torch.dtype
 ) -> table.Matrix:
     name, capability = gpu.identity(device)
-    pattern, of = f"{kernel.n}:{kernel.m}", str(dtype).removeprefix("torch.")
-    return table.Matrix(name, capability, kernel.name, kernel.revision, pattern, *sides, of)
+    of = str(dtype).removeprefix("torch.")
+    return table.Matrix(name, capability, kernel.name, kernel.revision, kernel.pattern, *sides, of)

@@ -50,14 +50,15 @@ def test_the_whole_script_is_rehearsed_without_datasets(root: Path, tmp_path: Pa
         json.loads((out / f"{name}.json").read_text())
         for name in ("correct", "few_tokens", "experts", "end_to_end")
     )
-    kernels = ("s24_mma", "s24_bits", "n8_mma", "nm_gemv", "dispatch")
+    kernels = ("s24_mma", "s24_bits", "n8_mma", "nm_gemv", "bitmap", "dispatch")
     assert correct["right"] == dict.fromkeys(kernels, True)
-    assert [part["cases"] for part in correct["parts"].values()] == [0] * 14 + [2] * 4
+    assert [part["cases"] for part in correct["parts"].values()] == [0] * 14 + [2] * 6
     found = [(row["shape"], row["tokens"], row["kernel"]) for row in few["rows"]]
     with_others = ("dense", "int8", "int4", "nm_gemv", "dispatch")
+    ragged = ("dense", "nm_gemv", "bitmap", "dispatch")
     assert found == [
         (shape, tokens, kernel)
-        for shape, kernels in (("small", with_others), ("ragged", ("dense", "nm_gemv", "dispatch")))
+        for shape, kernels in (("small", with_others), ("ragged", ragged))
         for tokens in (1, 3)
         for kernel in kernels
     ]

@@ -58,6 +58,8 @@ HEAVY = {
 
 LONG_FILE, LONG_FUNCTION = 300, 50  # the proportions of the code this project models itself on
 LONG = {
+    "llmprune/kernels/bitmap.py:bitmap_gemv": "half of it are its arguments and those of the kernel",
+    "llmprune/kernels/bitmap_triton.py:bitmap_kernel": "a third of it are its arguments",
     "llmprune/kernels/n8_gluon.py:n8_kernel": "a third of it are its arguments",
     "llmprune/kernels/n8_mma.py:n8_mma": "half of it are its arguments and those of the kernel",
     "llmprune/kernels/nm_gemv.py:nm_gemv": "half of it are its arguments and those of the kernel",
