@@ -122,6 +122,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
+    begun = commit()
     print(f"{'model':<14} {'weights':<15} {'values':<13} {'bits':>6} {'perplexity':>11}")
     for name in args.models:
         for row in of_model(name, args):
@@ -133,7 +134,7 @@ def main() -> None:
         settings = {key: str(value) for key, value in vars(args).items()}
         about = {
             "versions": versions(torch.device("cpu")),
-            "commit": commit(),
+            "commit": begun,
             "settings": settings,
         }
         args.out.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")

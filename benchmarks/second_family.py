@@ -105,13 +105,13 @@ def encoded(tokenizer: PreTrainedTokenizerFast, path: Path) -> Tensor:
 
 
 def qwen3(vocabulary: int) -> nn.Module:
-    """A freshly drawn Qwen3 of 1.2 million parameters."""
+    """A freshly drawn Qwen3 of 3.1 million parameters."""
     return Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=vocabulary,
-            hidden_size=128,
-            intermediate_size=384,
-            num_hidden_layers=4,
+            hidden_size=192,
+            intermediate_size=576,
+            num_hidden_layers=6,
             num_attention_heads=8,
             num_key_value_heads=2,
             head_dim=32,
