@@ -27,12 +27,11 @@ from . import gpu
 from .n8_layout import COLUMNS, TILES, N8Layout, dense_n8, pack_n8
 from .nm_gemv import add_parts, on_device_of
 from .packed import pack
-from .s24_mma import across, words_of
+from .s24_mma import words_of
+from .sharing import shared_out
 
 TOKENS = 64  # at most
 REVISION = 1  # to be raised with each change of speed: what was measured before is then void
-_WARPS = 8  # of a program; a guess, not measured
-_PROGRAMS = 264  # a split aims at two programs on each of an H200's 132 processors; not measured
 
 
 def n8_mma(
@@ -62,35 +61,31 @@ def n8_mma(
 
     rows, tokens = layout.shape[0], x.shape[0]
     tiles, chunks = layout.words.shape[:2]
-    warps, eights = warps or _WARPS, 1 << (-(-tokens // 8) - 1).bit_length()
-    beside = across(eights, warps, tiles)
-    programs, along = tiles // (TILES * beside), warps // beside
-    split = split or max(1, min(_PROGRAMS // programs, chunks // along))
-    share = -(-chunks // split)
+    how = shared_out(tokens, tiles, chunks, warps, split)
     y = x.new_empty((tokens, rows))
-    parts = y if split == 1 else x.new_empty((split, tokens, rows), dtype=torch.float32)
+    parts = how.parts(y, rows)
     with on_device_of(x):
-        n8_kernel[(programs, split)](
+        n8_kernel[(how.programs, how.split)](
             layout.words,
             words_of(x, chunks * COLUMNS),
             y if bias is None else bias.contiguous(),
             parts,
             chunks,
-            share,
+            how.share,
             tokens,
             rows,
             N=layout.n,
-            WARPS=warps,
-            ACROSS=beside,
+            WARPS=how.warps,
+            ACROSS=how.across,
             TILES=TILES,
-            EIGHTS=eights,
+            EIGHTS=how.eights,
             HALF="bf16" if layout.dtype is torch.bfloat16 else "f16",
-            ALL=share * split == chunks and share % along == 0,
-            BIAS=bias is not None and split == 1,
-            PARTS=split > 1,
-            num_warps=warps,
+            ALL=how.whole,
+            BIAS=bias is not None and how.split == 1,
+            PARTS=how.split > 1,
+            num_warps=how.warps,
         )
-        return y if split == 1 else add_parts(parts, y, bias)
+        return y if how.split == 1 else add_parts(parts, y, bias)
 
 
 def n8_mma_reference(x: Tensor, layout: N8Layout, bias: Tensor | None = None) -> Tensor:

@@ -32,12 +32,11 @@ from .nm_gemv import add_parts, on_device_of
 from .packed import pack_bits
 from .s24_bits_layout import S24Bits, dense_s24_bits, pack_s24_bits
 from .s24_layout import COLUMNS, TILES
-from .s24_mma import TOKENS, across, words_of
+from .s24_mma import TOKENS, words_of
 from .s24_mma import unavailable as without_tensor_cores
+from .sharing import eights_of, shared_out
 
 REVISION = 1  # to be raised with each change of speed: what was measured before is then void
-_WARPS = 8  # of a program; a guess, not measured
-_PROGRAMS = 264  # a split aims at two programs on each of an H200's 132 processors; not measured
 
 
 def s24_bits(
@@ -67,38 +66,34 @@ def s24_bits(
 
     rows, tokens = layout.shape[0], x.shape[0]
     tiles, chunks = layout.words.shape[:2]
-    warps, eights = warps or _WARPS, 1 << (-(-tokens // 8) - 1).bit_length()
-    each = tiles_of_warp(layout.bits, eights, tiles)
-    beside = across(eights, warps, tiles, each)
-    programs, along = tiles // (each * beside), warps // beside
-    split = split or max(1, min(_PROGRAMS // programs, chunks // along))
-    share = -(-chunks // split)
+    each = tiles_of_warp(layout.bits, eights_of(tokens), tiles)
+    how = shared_out(tokens, tiles, chunks, warps, split, each=each)
     y = x.new_empty((tokens, rows))
-    parts = y if split == 1 else x.new_empty((split, tokens, rows), dtype=torch.float32)
+    parts = how.parts(y, rows)
     with on_device_of(x):
-        bits_kernel[(programs, split)](
+        bits_kernel[(how.programs, how.split)](
             layout.words,
             layout.scales.view(torch.int16),
             words_of(x, chunks * COLUMNS),
             y if bias is None else bias.contiguous(),
             parts,
             chunks,
-            share,
+            how.share,
             tokens,
             rows,
-            WARPS=warps,
-            ACROSS=beside,
+            WARPS=how.warps,
+            ACROSS=how.across,
             TILES=each,
-            EIGHTS=eights,
+            EIGHTS=how.eights,
             BITS=layout.bits,
             SPAN=layout.span,
             HALF="bf16" if layout.dtype is torch.bfloat16 else "f16",
-            ALL=share * split == chunks and share % along == 0,
-            BIAS=bias is not None and split == 1,
-            PARTS=split > 1,
-            num_warps=warps,
+            ALL=how.whole,
+            BIAS=bias is not None and how.split == 1,
+            PARTS=how.split > 1,
+            num_warps=how.warps,
         )
-        return y if split == 1 else add_parts(parts, y, bias)
+        return y if how.split == 1 else add_parts(parts, y, bias)
 
 
 def tiles_of_warp(bits: int, eights: int, tiles: int) -> int:

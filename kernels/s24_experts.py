@@ -30,10 +30,10 @@ from .nm_gemv import on_device_of
 from .packed import Packed, count, pack, select, unpack, unpack_bits
 from .routing import route_reference
 from .s24_layout import COLUMNS, ROWS, TILES, S24Layout, dense_s24, pack_s24
+from .sharing import WARPS, across
 from .slots import row_blocks
 
 REVISION = 1  # to be raised with each change of speed: what was measured before is then void
-_WARPS = 8  # of a program, at most; a guess, not measured
 _EIGHTS = (1, 2, 4, 8)  # of inputs that a program takes
 
 
@@ -165,13 +165,13 @@ def s24_experts(
     if not routed:
         return y
     warps, eights = (
-        warps or (_WARPS if chunks > _WARPS // 2 else _WARPS // 2),
+        warps or (WARPS if chunks > WARPS // 2 else WARPS // 2),
         eights or _eights(routed, experts),
     )
-    across = s24_mma.across(eights, warps, tiles)
+    beside = across(eights, warps, tiles)
     left = (routed - 1) // (8 * eights)  # at most so many programs for what others leave
     with on_device_of(x):
-        experts_kernel[(tiles // (TILES * across), min(routed, experts + left))](
+        experts_kernel[(tiles // (TILES * beside), min(routed, experts + left))](
             layout.words,
             s24_mma.words_of(x, chunks * COLUMNS),
             order.contiguous(),
@@ -183,11 +183,11 @@ def s24_experts(
             each,
             rows,
             WARPS=warps,
-            ACROSS=across,
+            ACROSS=beside,
             TILES=TILES,
             EIGHTS=eights,
             HALF="bf16" if layout.dtype is torch.bfloat16 else "f16",
-            ALL=chunks % (warps // across) == 0,
+            ALL=chunks % (warps // beside) == 0,
             FEW=routed <= experts + left,
             num_warps=warps,
         )

@@ -28,11 +28,10 @@ from . import gpu
 from .nm_gemv import add_parts, on_device_of
 from .packed import pack
 from .s24_layout import COLUMNS, TILES, S24Layout, dense_s24, pack_gate_up, pack_s24
+from .sharing import shared_out
 
 TOKENS = 64  # at most
 REVISION = 2  # to be raised with each change of speed: what was measured before is then void
-_WARPS = 8  # of a program; a guess, not measured
-_PROGRAMS = 264  # a split aims at two programs on each of an H200's 132 processors; not measured
 
 
 def s24_mma(
@@ -64,50 +63,31 @@ def s24_mma(
 
     rows, tokens = layout.shape[0], x.shape[0]
     tiles, chunks = layout.words.shape[:2]
-    warps, eights = warps or _WARPS, 1 << (-(-tokens // 8) - 1).bit_length()
-    beside = 1 if layout.gated else across(eights, warps, tiles)
-    programs, along = tiles // (TILES * beside), warps // beside
-    split = split or max(1, min(_PROGRAMS // programs, chunks // along))
-    share = -(-chunks // split)
+    how = shared_out(tokens, tiles, chunks, warps, split, together=layout.gated)
     y = x.new_empty((tokens, rows))
-    parts = y
-    if split > 1:
-        parts = x.new_empty((split, tokens, rows * (2 if layout.gated else 1)), dtype=torch.float32)
+    parts = how.parts(y, rows * (2 if layout.gated else 1))
     with on_device_of(x):
-        s24_kernel[(programs, split)](
+        s24_kernel[(how.programs, how.split)](
             layout.words,
             words_of(x, chunks * COLUMNS),
             y if bias is None else bias.contiguous(),
             parts,
             chunks,
-            share,
+            how.share,
             tokens,
             rows,
-            WARPS=warps,
-            ACROSS=beside,
+            WARPS=how.warps,
+            ACROSS=how.across,
             TILES=TILES,
-            EIGHTS=eights,
+            EIGHTS=how.eights,
             HALF="bf16" if layout.dtype is torch.bfloat16 else "f16",
-            ALL=share * split == chunks and share % along == 0,
-            BIAS=bias is not None and split == 1,
+            ALL=how.whole,
+            BIAS=bias is not None and how.split == 1,
             GATED=layout.gated,
-            PARTS=split > 1,
-            num_warps=warps,
+            PARTS=how.split > 1,
+            num_warps=how.warps,
         )
-        return y if split == 1 else add_parts(parts, y, bias, layout.gated)
-
-
-def across(eights: int, warps: int, tiles: int, each: int = TILES) -> int:
-    """How many warps of a program take rows of their own, `each` tiles, and not columns.
-
-    Every program reads all inputs of its columns: with 32 rows each, at 28672 x 4096 and 64 tokens, 470 MB
-    from the L2 cache beside 132 MB of weights. Four warps that take the same columns at the same time read
-    them once. A prediction (benchmarks/notes.md), not measured; of few tokens there is little to read.
-    """
-    beside = min(eights, 4, warps)
-    while tiles % (each * beside):
-        beside //= 2
-    return beside
+        return y if how.split == 1 else add_parts(parts, y, bias, layout.gated)
 
 
 def s24_mma_reference(x: Tensor, layout: S24Layout, bias: Tensor | None = None) -> Tensor:
