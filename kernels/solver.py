@@ -21,6 +21,19 @@ SETTING = "LLMPRUNE_SOLVER"  # environment variable: one of NAMES, or nothing, t
 NAMES = ("torch", "triton")
 _ROUNDS = 5
 
+
+def asked() -> str | None:
+    """What LLMPRUNE_SOLVER says, or None.
+
+    Raises:
+        ValueError: when that is neither `torch` nor `triton`.
+    """
+    found = os.environ.get(SETTING) or None
+    if found is not None and found not in NAMES:
+        raise ValueError(f"{SETTING} is {found!r}; known: {', '.join(NAMES)}")
+    return found
+
+
 Race = tuple[Callable[[], object], Callable[[], object]]
 """What the kernel does and what plain torch does, on inputs of a usual size."""
 
@@ -56,13 +69,11 @@ class Solver:
         Raises:
             ValueError: as `used`.
         """
-        asked = os.environ.get(SETTING) or None
-        if asked is not None and asked not in NAMES:
-            raise ValueError(f"{SETTING} is {asked!r}; known: {', '.join(NAMES)}")
-        if asked == "torch":
+        wanted = asked()
+        if wanted == "torch":
             return f"{SETTING}=torch"
         device = gpu.whole(device)
-        if asked == "triton" and gpu.launches(device):
+        if wanted == "triton" and gpu.launches(device):
             return _fails(device, self)
         if (why := gpu.missing(device)) is not None:
             return why

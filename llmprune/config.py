@@ -14,6 +14,7 @@ from llmprune.errors import ConfigError
 from llmprune.fisher import settings as fishers
 from llmprune.fisher.settings import Fisher
 from llmprune.fisher.weigh import compete
+from llmprune.kernels import solver
 from llmprune.methods import quantized
 from llmprune.methods.base import Method
 from llmprune.methods.quantized import Kept, Quantize, Quantized
@@ -99,6 +100,10 @@ class PruneConfig:
         self.transformations()
         self.weighing()
         self._check_grid(pattern)
+        try:
+            solver.asked()  # decides no result, but is best said before a weight is read
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         if self.quality is not None:
             qualities.get(self.quality)
         if self.ragged not in ("error", "dense"):

@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import llmprune
 from llmprune import methods
+from llmprune.cli import main
 from llmprune.kernels import gpu, gram, nm_mask, solver, sweep
 from llmprune.pattern import NM, kth_lowest
 from llmprune.stats import Gram
@@ -208,3 +209,13 @@ def test_one_long_group_is_sorted_on_a_gpu() -> None:
     score = torch.randn(1, 100_001, generator=torch.Generator().manual_seed(0))
     for k in (1, 50_000, 100_001):
         assert kth_lowest(score.cuda(), k).item() == kth_lowest(score, k).item()
+
+
+def test_a_setting_that_there_is_not_is_said_before_anything_is_read(
+    asked: Callable[[str], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked("fast")
+    assert main(["--model", "nowhere", "--sparsity", "0.5"]) == 2
+    assert capsys.readouterr().err == (
+        "llmprune: error: LLMPRUNE_SOLVER is 'fast'; known: torch, triton\n"
+    )
