@@ -8,6 +8,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 DENSE, BASE = "dense", "sparsegpt"  # what every recipe is told against
+DASHES = ("-", "--", ":")
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 
 
@@ -70,7 +71,10 @@ def told(rows: list[dict[str, Any]], commit: str) -> str:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Perplexity against sparsity: per model a picture, per recipe a line, and marks for n:m."""
+    """What perplexity exceeds the dense one by, against sparsity: per model a picture, per recipe a line.
+
+    Marks for n:m. On a logarithmic scale of ln(perplexity / dense): the best recipes differ by thousandths.
+    """
     from matplotlib.figure import Figure
 
     lines = summed(rows)
@@ -83,20 +87,24 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         for index, name in enumerate(names):
             mine = {s["pattern"]: s for s in here if s["name"] == name}
             look = {"color": COLOURS[index % len(COLOURS)], "capsize": 2}
-            dash = "-" if index < len(COLOURS) else "--"
+            turn = index // len(COLOURS) % len(DASHES)
+            dash, dots, diamonds = DASHES[turn], "os^"[turn], "DPX"[turn]
             for kind, style in ((False, dash), (True, "")):
                 some = [mine[t] for t in ticks if t in mine and (":" in t) is kind]
                 axes.errorbar(
                     [ticks.index(s["pattern"]) for s in some],
-                    [s["perplexity"] for s in some],
-                    [s["error"] or 0 for s in some],
-                    linestyle=style, marker="o" if not kind else "D", markersize=4,
+                    [s["excess"] for s in some],
+                    [(s["error"] or 0) / s["perplexity"] for s in some],
+                    linestyle=style, marker=diamonds if kind else dots, markersize=4,
                     label=name if not kind else None, **look,
                 )  # fmt: skip
-        dense = next(r["perplexity"] for r in rows if r["model"] == model and r["name"] == DENSE)
-        axes.axhline(dense, color="#888888", linewidth=0.8, label=DENSE)
+        axes.set_yscale("log")
         axes.set_xticks(range(len(ticks)), [t if ":" in t else f"{float(t):.0%}" for t in ticks])
-        axes.set(title=model, xlabel="weights removed, or kept of a group", ylabel="perplexity")
+        axes.set(
+            title=model,
+            xlabel="weights removed, or kept of a group",
+            ylabel="ln(perplexity / dense)",
+        )
         axes.grid(alpha=0.3, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = axes.get_legend_handles_labels()
