@@ -28,9 +28,9 @@ from .n8_layout import COLUMNS, TILES, N8Layout, dense_n8, pack_n8
 from .nm_gemv import add_parts, on_device_of
 from .packed import pack
 from .s24_mma import words_of
-from .sharing import shared_out
+from .sharing import TOKENS as TOKENS
+from .sharing import check_call, shared_out
 
-TOKENS = 64  # at most
 REVISION = 1  # to be raised with each change of speed: what was measured before is then void
 
 
@@ -138,12 +138,4 @@ _TRIALS = [(1, 32, 2048, 1), (20, 120, 1104, 2)]  # tokens, rows, columns, split
 
 
 def _check_call(x: Tensor, layout: N8Layout, bias: Tensor | None) -> None:
-    rows, columns = layout.shape
-    if x.ndim != 2 or not 0 < x.shape[0] <= TOKENS or x.shape[1] != columns:
-        raise ValueError(f"n8_mma takes x [1 to {TOKENS}, {columns}], got {list(x.shape)}")
-    if x.dtype != layout.dtype or x.device != layout.words.device:
-        raise ValueError(
-            f"x is {x.dtype} on {x.device}, the weight {layout.dtype} on {layout.words.device}"
-        )
-    if bias is not None and bias.shape != (rows,):
-        raise ValueError(f"the bias of {rows} rows has shape {list(bias.shape)}")
+    check_call("n8_mma", x, layout.words, bias, layout.shape, layout.dtype)

@@ -32,9 +32,10 @@ from .nm_gemv import add_parts, on_device_of
 from .packed import pack_bits
 from .s24_bits_layout import S24Bits, dense_s24_bits, pack_s24_bits
 from .s24_layout import COLUMNS, TILES
-from .s24_mma import TOKENS, words_of
 from .s24_mma import unavailable as without_tensor_cores
-from .sharing import eights_of, shared_out
+from .s24_mma import words_of
+from .sharing import TOKENS as TOKENS
+from .sharing import check_call, eights_of, shared_out
 
 REVISION = 1  # to be raised with each change of speed: what was measured before is then void
 
@@ -164,12 +165,4 @@ def _random(
 
 
 def _check_call(x: Tensor, layout: S24Bits, bias: Tensor | None) -> None:
-    rows, columns = layout.shape
-    if x.ndim != 2 or not 0 < x.shape[0] <= TOKENS or x.shape[1] != columns:
-        raise ValueError(f"s24_bits takes x [1 to {TOKENS}, {columns}], got {list(x.shape)}")
-    if x.dtype != layout.dtype or x.device != layout.words.device:
-        raise ValueError(
-            f"x is {x.dtype} on {x.device}, the weight {layout.dtype} on {layout.words.device}"
-        )
-    if bias is not None and bias.shape != (rows,):
-        raise ValueError(f"the bias of {rows} rows has shape {list(bias.shape)}")
+    check_call("s24_bits", x, layout.words, bias, layout.shape, layout.dtype)

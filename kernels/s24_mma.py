@@ -28,9 +28,9 @@ from . import gpu
 from .nm_gemv import add_parts, on_device_of
 from .packed import pack
 from .s24_layout import COLUMNS, TILES, S24Layout, dense_s24, pack_gate_up, pack_s24
-from .sharing import shared_out
+from .sharing import TOKENS as TOKENS
+from .sharing import check_call, shared_out
 
-TOKENS = 64  # at most
 REVISION = 2  # to be raised with each change of speed: what was measured before is then void
 
 
@@ -156,12 +156,5 @@ def words_of(x: Tensor, columns: int) -> Tensor:
 
 def _check_call(x: Tensor, layout: S24Layout, bias: Tensor | None) -> None:
     rows, columns = layout.shape
-    if x.ndim != 2 or not 0 < x.shape[0] <= TOKENS or x.shape[1] != columns:
-        raise ValueError(f"s24_mma takes x [1 to {TOKENS}, {columns}], got {list(x.shape)}")
-    if x.dtype != layout.dtype or x.device != layout.words.device:
-        raise ValueError(
-            f"x is {x.dtype} on {x.device}, the weight {layout.dtype} on {layout.words.device}"
-        )
-    wanted = rows * (2 if layout.gated else 1)
-    if bias is not None and bias.shape != (wanted,):
-        raise ValueError(f"the bias of {wanted} rows has shape {list(bias.shape)}")
+    sides = (rows * (2 if layout.gated else 1), columns)
+    check_call("s24_mma", x, layout.words, bias, sides, layout.dtype)

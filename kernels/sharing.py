@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .s24_layout import TILES
 
+TOKENS = 64  # at most, at once
 WARPS = 8  # of a program; a guess, not measured
 PROGRAMS = 264  # a split aims at two programs on each of an H200's 132 processors; not measured
 
@@ -70,6 +71,28 @@ def shared_out(
     share = -(-chunks // split)
     whole = share * split == chunks and share % along == 0
     return Sharing(warps, beside, eights, programs, split, share, whole)
+
+
+def check_call(
+    name: str,
+    x: Tensor,
+    words: Tensor,
+    bias: Tensor | None,
+    sides: tuple[int, int],
+    dtype: torch.dtype,
+) -> None:
+    """Refuse inputs and bias [rows] that do not fit a matrix of `sides` (rows, columns).
+
+    Raises:
+        ValueError: for another number of tokens, width, dtype or device, or another bias.
+    """
+    rows, columns = sides
+    if x.ndim != 2 or not 0 < x.shape[0] <= TOKENS or x.shape[1] != columns:
+        raise ValueError(f"{name} takes x [1 to {TOKENS}, {columns}], got {list(x.shape)}")
+    if x.dtype != dtype or x.device != words.device:
+        raise ValueError(f"x is {x.dtype} on {x.device}, the weight {dtype} on {words.device}")
+    if bias is not None and bias.shape != (rows,):
+        raise ValueError(f"the bias of {rows} rows has shape {list(bias.shape)}")
 
 
 def eights_of(tokens: int) -> int:
