@@ -38,7 +38,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from frontier_figures import DENSE, draw, told
+from frontier_figures import DENSE, draw, judged, told
 
 from llmprune.quality import Asked, Parts, resolve
 
@@ -74,8 +74,7 @@ FIRST = (
     "balanced",
 )  # every other is told against SparseGPT, which is `fast` too
 HELD = 32  # windows of the test text that the layer error is measured on
-PLACE = ("model", "pattern", "name", "seed")  # one cell of the file
-KEY = (*PLACE, "weights", "recipe", "windows")  # what it was measured with
+KEY = ("model", "pattern", "name", "seed", "weights", "recipe", "windows")  # what a cell is of
 
 
 def main() -> None:
@@ -313,6 +312,11 @@ def read(path: Path) -> list[dict[str, Any]]:
     return list(json.loads(path.read_text())["rows"]) if path.exists() else []
 
 
+def place(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What a cell is alone in: measured anew it takes the old one's place, on other test text a new one."""
+    return judged(row), row["pattern"], row["name"], row["seed"]
+
+
 def add(path: Path, row: dict[str, Any]) -> None:
     """Put a cell among those of `path`, which other runs may be writing to."""
     from llmprune.provenance import versions
@@ -320,7 +324,7 @@ def add(path: Path, row: dict[str, Any]) -> None:
     lock = os.open(path.parent, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        rows = [r for r in read(path) if any(r[k] != row[k] for k in PLACE)] + [row]
+        rows = [r for r in read(path) if place(r) != place(row)] + [row]
         about = {"versions": versions(torch.device("cpu")), "command": "benchmarks/frontier.py"}
         lines = ",\n".join(json.dumps(r) for r in rows)
         fresh = path.with_suffix(".new")

@@ -12,13 +12,19 @@ DASHES = ("-", "--", ":")
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 
 
+def judged(row: dict[str, Any]) -> str:
+    """The model of a cell, and how much of the test text it was judged on, unless all."""
+    *_, last = row["windows"].split(", ")
+    return f"{row['model']}, {last} windows" if last.isdecimal() else row["model"]
+
+
 def summed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A line per model, pattern and recipe, over its seeds."""
-    dense = {r["model"]: math.log(r["perplexity"]) for r in rows if r["name"] == DENSE}
+    """A line per model and test text, pattern and recipe, over its seeds."""
+    dense = {judged(r): math.log(r["perplexity"]) for r in rows if r["name"] == DENSE}
     groups: dict[tuple[str, str, str], dict[int, dict[str, Any]]] = {}
     for r in rows:
-        if r["name"] != DENSE and r["model"] in dense:
-            groups.setdefault((r["model"], r["pattern"], r["name"]), {})[r["seed"]] = r
+        if r["name"] != DENSE and judged(r) in dense:
+            groups.setdefault((judged(r), r["pattern"], r["name"]), {})[r["seed"]] = r
     found = []
     for (model, pattern, name), seeds in groups.items():
         some = list(seeds.values())
@@ -52,7 +58,7 @@ def told(rows: list[dict[str, Any]], commit: str) -> str:
     lines = []
     for r in rows:
         if r["name"] == DENSE:
-            lines.append(f"{r['model']} ({r['weights']}): dense perplexity {r['perplexity']:.3f}")
+            lines.append(f"{judged(r)} ({r['weights']}): dense perplexity {r['perplexity']:.3f}")
     lines += ["", "| model | pattern | recipe | perplexity | seeds | excess | of SparseGPT's |"]
     lines[-1] += " layer error | seconds | peak MB |"
     lines.append("|---" * 10 + "|")

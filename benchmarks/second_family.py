@@ -105,13 +105,13 @@ def encoded(tokenizer: PreTrainedTokenizerFast, path: Path) -> Tensor:
 
 
 def qwen3(vocabulary: int) -> nn.Module:
-    """A freshly drawn Qwen3 of 3.1 million parameters."""
+    """A freshly drawn Qwen3 of 1.2 million parameters."""
     return Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=vocabulary,
-            hidden_size=192,
-            intermediate_size=576,
-            num_hidden_layers=6,
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=4,
             num_attention_heads=8,
             num_key_value_heads=2,
             head_dim=32,
@@ -130,9 +130,9 @@ def gpt2(vocabulary: int) -> nn.Module:
         GPT2Config(
             vocab_size=vocabulary,
             n_positions=2 * WINDOW,
-            n_embd=192,
-            n_layer=6,
-            n_head=6,
+            n_embd=128,
+            n_layer=4,
+            n_head=4,
             resid_pdrop=0.0,
             embd_pdrop=0.0,
             attn_pdrop=0.0,

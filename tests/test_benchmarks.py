@@ -150,10 +150,10 @@ def test_the_frontier_is_measured_cell_by_cell_and_taken_up_again(
     assert rows[1]["sparsity"] == 0.5
     assert rows[1]["perplexity"] > rows[0]["perplexity"] > 1
     assert 0 < rows[1]["layer_error"] < 1
-    assert "| demo | 2:4 | sparsegpt |" in first
+    assert "| demo, 4 windows | 2:4 | sparsegpt |" in first
     assert "| 1.00 |" in first  # of its own excess
     assert picture.stat().st_size > 10_000
-    assert "| demo | 2:4 | sparsegpt |" in told("--recipes", "wanda", "--minutes", "0")
+    assert "| demo, 4 windows | 2:4 | sparsegpt |" in told("--recipes", "wanda", "--minutes", "0")
     assert json.loads(out.read_text())["rows"] == rows  # nothing was measured again
 
 
@@ -165,7 +165,8 @@ def test_the_frontiers_shares_are_of_the_same_seeds(
 
     def row(name: str, seed: int, perplexity: float) -> dict[str, Any]:
         cell = {"model": "m", "weights": "w", "pattern": "2:4", "name": name, "seed": seed}
-        return {**cell, "perplexity": perplexity, "seconds": 1.0, "peak_mb": 1, "commit": "c"}
+        cell |= {"windows": "drawn, 128 x 256", "commit": "c"}
+        return {**cell, "perplexity": perplexity, "seconds": 1.0, "peak_mb": 1}
 
     e = 2.718281828459045
     rows = [row("dense", 0, 1.0), row("sparsegpt", 0, e**0.2), row("sparsegpt", 1, e**0.4)]
@@ -177,6 +178,11 @@ def test_the_frontiers_shares_are_of_the_same_seeds(
     half = (e**0.4 - e**0.2) / 2
     assert found["sparsegpt"]["error"] == pytest.approx(half)  # of the mean of two: stdev / sqrt(2)
     assert "cells by commit: 3 of c; this is d" in figures.told(rows, "d")
+    fewer = [
+        {**r, "windows": "given, 128 x 256, 9", "perplexity": r["perplexity"] * 2} for r in rows
+    ]
+    split = {(s["model"], s["name"]): s["excess"] for s in figures.summed([*rows, *fewer])}
+    assert split["m", "sparsegpt"] == pytest.approx(split["m, 9 windows", "sparsegpt"])
 
 
 def test_fewer_bits_are_set_beside_dense_weights_of_as_many(
