@@ -11,7 +11,6 @@ turn. It says what a kernel costs beside reading, not how fast it is: no figure 
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,8 +45,7 @@ def main() -> None:
     cases = [
         case for arch in args.arch for case in _cases(arch) if case[1]["kernel"] in args.kernels
     ]
-    with tempfile.TemporaryDirectory() as cache:
-        counted = found([job for job, _, _ in cases], Path(cache), ROOT)
+    counted = found([job for job, _, _ in cases], ROOT)
     rows = [_row(*case, one) for case, one in zip(cases, counted, strict=True)]
     write(args.out, {**result, "rows": rows})
     for row in rows:

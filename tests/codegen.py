@@ -1,6 +1,6 @@
 """Compile kernels for GPUs that are not here, and count what their main loop does.
 
-    python tests/codegen.py < jobs.json > found.json
+    python tests/codegen.py < jobs > found     # a JSON list of jobs a line, and of what was found
 
 In a process of its own, for in that of the tests `triton.jit` interprets. Needs no GPU: ptxas and cuobjdump
 come with triton. Works with triton 3.6 to 3.9.
@@ -8,6 +8,7 @@ come with triton. Works with triton 3.6 to 3.9.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import re
@@ -17,6 +18,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -91,20 +93,51 @@ def can_compile() -> bool:
     return done == [0, 0]
 
 
-def found(jobs: Sequence[Job], cache: Path, root: Path) -> list[Found]:
-    """Compile `jobs` in another process, with triton's cache in `cache`."""
+def found(jobs: Sequence[Job], root: Path) -> list[Found]:
+    """Compile `jobs` in another process, the same one for all calls."""
+    process, errors = _compiler(root)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(json.dumps([asdict(job) for job in jobs]) + "\n")
+    process.stdin.flush()
+    answer = process.stdout.readline()
+    if not answer.startswith("["):
+        _end(process)
+        _compiler.cache_clear()
+        raise AssertionError(errors.read_text())
+    return [Found(**one) for one in json.loads(answer)]
+
+
+@cache
+def _compiler(root: Path) -> tuple[subprocess.Popen[str], Path]:
+    """A process that answers a line of jobs by a line of what it found, and the file of its messages.
+
+    It ends with this one. Started once, for importing torch takes longer than most kernels.
+    """
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     path = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": os.pathsep.join(path)}
-    done = subprocess.run(
-        [sys.executable, __file__],
-        input=json.dumps([asdict(job) for job in jobs]),
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return [Found(**one) for one in json.loads(done.stdout)]
+    environment |= {"TRITON_CACHE_DIR": folder.name, "PYTHONPATH": os.pathsep.join(path)}
+    errors = Path(folder.name) / "errors"
+    with errors.open("w") as messages:
+        process = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=messages,
+            env=environment,
+            text=True,
+        )
+    atexit.register(_end, process)
+    return process, errors
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """Nothing more to read: it finishes what it is at, and stops."""
+    assert process.stdin is not None
+    process.stdin.close()
+    process.wait()
 
 
 def compile_one(job: Job) -> Found:
@@ -164,4 +197,5 @@ def _cuobjdump(option: str, cubin: Path) -> str:
 
 
 if __name__ == "__main__":
-    print(json.dumps([asdict(compile_one(Job(**job))) for job in json.load(sys.stdin)]))
+    for line in sys.stdin:
+        print(json.dumps([asdict(compile_one(Job(**job))) for job in json.loads(line)]), flush=True)

@@ -77,26 +77,24 @@ def no_more_than_needed(job: Job, one: Found) -> None:
 
 
 @pytest.mark.parametrize("arch", [80, 86, 89, 90, 100])
-def test_bitmap_compiles_without_detours(arch: int, tmp_path: Path, root: Path) -> None:
+def test_bitmap_compiles_without_detours(arch: int, root: Path) -> None:
     job = bitmap(arch, 8, 16, even=False, of="*fp16")
-    (one,) = found([job], tmp_path, root)
+    (one,) = found([job], root)
     no_more_than_needed(job, one)
     assert one.registers <= 128
 
 
 @pytest.mark.slow
-def test_bitmap_stays_within_its_instructions(tmp_path: Path, root: Path) -> None:
+def test_bitmap_stays_within_its_instructions(root: Path) -> None:
     jobs = [bitmap(90, *which) for which in BITMAP]
-    for (which, most), job, one in zip(
-        BITMAP.items(), jobs, found(jobs, tmp_path, root), strict=True
-    ):
+    for (which, most), job, one in zip(BITMAP.items(), jobs, found(jobs, root), strict=True):
         no_more_than_needed(job, one)
         took = one.per_weight(weights(job))
         assert took <= most < BUDGET_4090, f"{which}: {took:.2f} slots per weight, {one.loop}"
 
 
 @pytest.mark.slow
-def test_every_variant_compiles(tmp_path: Path, root: Path) -> None:
+def test_every_variant_compiles(root: Path) -> None:
     """What the launcher may ask for beside what the tests above look into."""
     four = bitmap(90, 8, 0)
     jobs = [
@@ -106,7 +104,7 @@ def test_every_variant_compiles(tmp_path: Path, root: Path) -> None:
         bitmap(80, 16, 16, even=False),
         replace(four, warps=4, constants=four.constants | {"WARPS": 4}),
     ]
-    for job, one in zip(jobs, found(jobs, tmp_path, root), strict=True):
+    for job, one in zip(jobs, found(jobs, root), strict=True):
         no_detours(one)
         assert one.stack <= 16, job
 

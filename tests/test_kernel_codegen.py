@@ -87,20 +87,20 @@ def no_detours(one: Found, apart: Set[str] = frozenset()) -> None:
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_nm_gemv_compiles_without_detours(arch: int, tmp_path: Path, root: Path) -> None:
+def test_nm_gemv_compiles_without_detours(arch: int, root: Path) -> None:
     jobs = [
         with_ones(gemv(arch, 1, 2, 4), "tokens"),
         gemv(arch, 8, 2, 4, even=False, bfloat=False),
     ]
-    for job, one in zip(jobs, found(jobs, tmp_path, root), strict=True):
+    for job, one in zip(jobs, found(jobs, root), strict=True):
         no_detours(one)
         assert one.registers <= 128, job
 
 
 @pytest.mark.slow
-def test_nm_gemv_stays_within_its_instructions(tmp_path: Path, root: Path) -> None:
+def test_nm_gemv_stays_within_its_instructions(root: Path) -> None:
     jobs = [gemv(90, *which) for which in GEMV]
-    for (which, most), one in zip(GEMV.items(), found(jobs, tmp_path, root), strict=True):
+    for (which, most), one in zip(GEMV.items(), found(jobs, root), strict=True):
         no_detours(one)
         assert one.stack == 0
         took = one.per_weight(32 * Chunk(*which[1:]).columns)
@@ -109,12 +109,12 @@ def test_nm_gemv_stays_within_its_instructions(tmp_path: Path, root: Path) -> No
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_s24_mma_compiles_to_sparse_tensor_cores(arch: int, tmp_path: Path, root: Path) -> None:
+def test_s24_mma_compiles_to_sparse_tensor_cores(arch: int, root: Path) -> None:
     jobs = [
         with_ones(s24(arch, 1), "tokens"),
         s24(arch, 16, "f16", every=False, gated=True),
     ]
-    for job, one in zip(jobs, found(jobs, tmp_path, root), strict=True):
+    for job, one in zip(jobs, found(jobs, root), strict=True):
         no_detours(one, {"SHFL"})  # neighbours trade halves of the inputs
         half = ".BF16" if job.constants["HALF"] == "bf16" else ""
         assert one.names == [f"HMMA.SP.16832.F32{half}"]
@@ -123,9 +123,9 @@ def test_s24_mma_compiles_to_sparse_tensor_cores(arch: int, tmp_path: Path, root
         assert one.loop["SHFL"] == 8 * 2 * eights
 
 
-def test_s24_mma_stays_within_its_instructions(tmp_path: Path, root: Path) -> None:
+def test_s24_mma_stays_within_its_instructions(root: Path) -> None:
     jobs = [s24(90, tokens) for tokens in S24]
-    for (tokens, most), one in zip(S24.items(), found(jobs, tmp_path, root), strict=True):
+    for (tokens, most), one in zip(S24.items(), found(jobs, root), strict=True):
         no_detours(one, {"SHFL"})
         assert one.stack == 0
         took = one.per_weight(TILES * ROWS * COLUMNS)
@@ -133,7 +133,7 @@ def test_s24_mma_stays_within_its_instructions(tmp_path: Path, root: Path) -> No
 
 
 @pytest.mark.slow
-def test_every_variant_compiles(tmp_path: Path, root: Path) -> None:
+def test_every_variant_compiles(root: Path) -> None:
     """What the launchers may ask for beside what the tests above look into, for one GPU."""
     every = [(16, g, p) for g in (False, True) for p in (False, True)]
     jobs = [s24(90, tokens, "f16", False, gated, parts) for tokens, gated, parts in every]
@@ -146,7 +146,7 @@ def test_every_variant_compiles(tmp_path: Path, root: Path) -> None:
         with_ones(add(False), "out", "step"),
         *(warped(job, warps) for job in (s24(90, 16), gemv(90, 8, 2, 4)) for warps in (4, 16)),
     ]
-    assert all(one.stack <= 16 for one in found(jobs, tmp_path, root))
+    assert all(one.stack <= 16 for one in found(jobs, root))
 
 
 def add(gated: bool) -> Job:
@@ -178,16 +178,16 @@ def expanding(arch: int, unaligned: bool = True) -> list[Job]:
 
 
 @pytest.mark.parametrize("arch", [80, 89, 90, 100])
-def test_what_expands_compiles(arch: int, tmp_path: Path, root: Path) -> None:
+def test_what_expands_compiles(arch: int, root: Path) -> None:
     jobs = expanding(arch)[1:4]
-    for job, one in zip(jobs, found(jobs, tmp_path, root), strict=True):
+    for job, one in zip(jobs, found(jobs, root), strict=True):
         assert one.stack <= 16, f"{job.kernel} spills"
         assert one.shared <= 16384, job
         assert one.registers <= 64, job
 
 
 @pytest.mark.slow
-def test_every_variant_of_what_expands_compiles(tmp_path: Path, root: Path) -> None:
+def test_every_variant_of_what_expands_compiles(root: Path) -> None:
     """Sizes that 16 divides, sizes of 1, and words of 32 and 64 bits."""
     count, bitmap, s24, *gemvs = expanding(90)
     jobs = [*expanding(90, unaligned=False), *gemvs[1:]]
@@ -197,7 +197,7 @@ def test_every_variant_of_what_expands_compiles(tmp_path: Path, root: Path) -> N
         replace(bitmap, types=bitmap.types | {"values": word, "out": word})
         for word in ("*i32", "*i64")
     ]
-    assert all(one.stack <= 16 for one in found(jobs, tmp_path, root))
+    assert all(one.stack <= 16 for one in found(jobs, root))
 
 
 def test_the_longest_loop_is_found() -> None:

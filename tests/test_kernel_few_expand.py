@@ -124,11 +124,11 @@ SLOW = [pytest.param(arch, marks=pytest.mark.slow) for arch in (80, 89, 100)]
 
 
 @pytest.mark.parametrize("arch", [90, *SLOW])
-def test_what_expands_compiles(arch: int, tmp_path: Path, root: Path) -> None:
+def test_what_expands_compiles(arch: int, root: Path) -> None:
     if not can_compile():
         pytest.skip("the ptxas and cuobjdump that triton ships do not run here")
     jobs = expanding(arch, unaligned=arch != 90)
-    for job, one in zip(jobs, found(jobs, tmp_path, root), strict=True):
+    for job, one in zip(jobs, found(jobs, root), strict=True):
         assert one.stack <= 16, f"{job.kernel} spills"
         assert one.shared <= 16384, job
         assert one.registers <= 96, job

@@ -151,13 +151,11 @@ def job(arch: int, kind: str, tiles: dict[str, int]) -> Job:
 
 
 @pytest.mark.parametrize("arch", [80, 89, 90, 100])
-def test_compiles_offline_for_tensor_cores_without_spills(
-    arch: int, tmp_path: Path, root: Path
-) -> None:
+def test_compiles_offline_for_tensor_cores_without_spills(arch: int, root: Path) -> None:
     if not can_compile():
         pytest.skip("the ptxas and cuobjdump that triton ships do not run here")
     jobs = [job(arch, "bf16", gram.TILES), job(arch, "fp32", gram.WIDE_TILES)]
-    half, wide = found(jobs, tmp_path, root)
+    half, wide = found(jobs, root)
     assert half.stack == wide.stack == 0
     # on sm_100 a loop waits for them and then reads the memory that they alone write
     assert half.names or (arch == 100 and "LDTM" in half.loop), f"no tensor cores: {half.loop}"

@@ -48,10 +48,10 @@ def n8(
     return Job("n8_gluon", "n8_kernel", types, constants, WARPS, arch, True, sizes)
 
 
-def test_it_compiles_to_dense_tensor_cores_without_detours(tmp_path: Path, root: Path) -> None:
+def test_it_compiles_to_dense_tensor_cores_without_detours(root: Path) -> None:
     jobs = [with_ones(n8(arch, 1, 4), "tokens") for arch in ARCHITECTURES]
     jobs += [n8(arch, 16, 3, "f16", every=False, parts=True) for arch in (80, 90, 120)]
-    for job, one in zip(jobs, found(jobs, tmp_path, root), strict=True):
+    for job, one in zip(jobs, found(jobs, root), strict=True):
         no_detours(one)
         half = ".BF16" if job.constants["HALF"] == "bf16" else ""
         assert one.names == [f"HMMA.16816.F32{half}"]
@@ -61,9 +61,9 @@ def test_it_compiles_to_dense_tensor_cores_without_detours(tmp_path: Path, root:
 
 
 @pytest.mark.slow
-def test_it_stays_within_its_instructions(tmp_path: Path, root: Path) -> None:
+def test_it_stays_within_its_instructions(root: Path) -> None:
     jobs = [n8(90, *which) for which in N8]
-    for (which, most), one in zip(N8.items(), found(jobs, tmp_path, root), strict=True):
+    for (which, most), one in zip(N8.items(), found(jobs, root), strict=True):
         no_detours(one)
         assert one.stack == 0
         took = one.per_weight(WEIGHTS)
@@ -74,7 +74,7 @@ def test_it_stays_within_its_instructions(tmp_path: Path, root: Path) -> None:
 
 
 @pytest.mark.slow
-def test_every_variant_compiles(tmp_path: Path, root: Path) -> None:
+def test_every_variant_compiles(root: Path) -> None:
     """What the launchers may ask for beside what the tests above look into, for one GPU."""
     jobs = [
         n8(90, 16, 2, "f16", every=False),
@@ -83,7 +83,7 @@ def test_every_variant_compiles(tmp_path: Path, root: Path) -> None:
         with_ones(n8(90, 1, 3, parts=True), "tokens", "chunks", "share", "rows"),
         *(warped(n8(90, 16, 3), warps) for warps in (4, 16)),
     ]
-    assert all(one.stack <= 16 for one in found(jobs, tmp_path, root))
+    assert all(one.stack <= 16 for one in found(jobs, root))
 
 
 def expanding(arch: int, n: int, unaligned: bool = True) -> Job:
@@ -93,11 +93,11 @@ def expanding(arch: int, n: int, unaligned: bool = True) -> Job:
     return Job("n8_triton", "n8_kernel", types, {"N": n}, 4, arch, False, odd)
 
 
-def test_what_expands_compiles(tmp_path: Path, root: Path) -> None:
+def test_what_expands_compiles(root: Path) -> None:
     jobs = [expanding(arch, 3) for arch in (80, 89, 90, 100)]
     jobs += [expanding(90, 4, unaligned=False)]
     jobs += [with_ones(expanding(90, 2), "rows", "quads", "chunks")]
-    for job, one in zip(jobs, found(jobs, tmp_path, root), strict=True):
+    for job, one in zip(jobs, found(jobs, root), strict=True):
         assert one.stack <= 16, f"{job} spills"
         assert one.shared <= 16384, job
         assert one.registers <= 80, job

@@ -57,7 +57,7 @@ def test_it_is_tried_before_use(monkeypatch: pytest.MonkeyPatch, device: torch.d
 
 
 @pytest.mark.parametrize("arch", [80, 90])
-def test_it_compiles(arch: int, tmp_path: Path, root: Path) -> None:
+def test_it_compiles(arch: int, root: Path) -> None:
     if not can_compile():
         pytest.skip("the ptxas and cuobjdump that triton ships do not run here")
     types = {"ids": "*i64", "order": "*i32", "ends": "*i32", "routed": "i32", "experts": "i32"}
@@ -70,7 +70,7 @@ def test_it_compiles(arch: int, tmp_path: Path, root: Path) -> None:
         job,
         replace(job, types=one, constants=constants | {"routed": 1}, unaligned=["experts"]),
     ]
-    assert all(code.stack <= 16 for code in found(jobs, tmp_path, root))
+    assert all(code.stack <= 16 for code in found(jobs, root))
 
 
 @pytest.mark.gpu

@@ -65,12 +65,12 @@ SLOW = [pytest.param(arch, marks=pytest.mark.slow) for arch in ARCHITECTURES if 
 
 
 @pytest.mark.parametrize("arch", [*QUICK, *SLOW])
-def test_it_compiles_to_sparse_tensor_cores(arch: int, tmp_path: Path, root: Path) -> None:
+def test_it_compiles_to_sparse_tensor_cores(arch: int, root: Path) -> None:
     jobs = [
         with_ones(s24_bits(arch, 8, 1), "tokens"),
         s24_bits(arch, 4, 32, "f16", every=False),
     ]
-    for job, one in zip(jobs, found(jobs, tmp_path, root), strict=True):
+    for job, one in zip(jobs, found(jobs, root), strict=True):
         no_detours(one, {"SHFL"})  # neighbours trade halves of the inputs
         half = ".BF16" if job.constants["HALF"] == "bf16" else ""
         assert one.names == [f"HMMA.SP.16832.F32{half}"]
@@ -83,11 +83,9 @@ def test_it_compiles_to_sparse_tensor_cores(arch: int, tmp_path: Path, root: Pat
 
 
 @pytest.mark.slow
-def test_it_stays_within_its_instructions(tmp_path: Path, root: Path) -> None:
+def test_it_stays_within_its_instructions(root: Path) -> None:
     jobs = [s24_bits(90, *which) for which in BITS]
-    for (which, most), job, one in zip(
-        BITS.items(), jobs, found(jobs, tmp_path, root), strict=True
-    ):
+    for (which, most), job, one in zip(BITS.items(), jobs, found(jobs, root), strict=True):
         no_detours(one, {"SHFL"})
         assert one.stack == 0
         took = one.per_weight(weights(job))
@@ -96,7 +94,7 @@ def test_it_stays_within_its_instructions(tmp_path: Path, root: Path) -> None:
 
 
 @pytest.mark.slow
-def test_every_variant_compiles(tmp_path: Path, root: Path) -> None:
+def test_every_variant_compiles(root: Path) -> None:
     """What the launcher may ask for beside what the tests above look into, for one GPU."""
     jobs = [
         *(s24_bits(90, bits, 16, "f16", False, span=span) for bits in (8, 4) for span in (32, 64)),
@@ -106,4 +104,4 @@ def test_every_variant_compiles(tmp_path: Path, root: Path) -> None:
         with_ones(s24_bits(90, 8, 1, parts=True), "tokens", "chunks", "share", "rows"),
         *(warped(s24_bits(90, bits, 16), warps) for bits in (8, 4) for warps in (4, 16)),
     ]
-    assert all(one.stack <= 16 for one in found(jobs, tmp_path, root))
+    assert all(one.stack <= 16 for one in found(jobs, root))

@@ -231,7 +231,7 @@ def with_ones(one: Job, *names: str) -> Job:
 
 
 @pytest.mark.parametrize("arch", [80, 89, 90, 100])
-def test_it_compiles_to_sparse_tensor_cores(arch: int, tmp_path: Path, root: Path) -> None:
+def test_it_compiles_to_sparse_tensor_cores(arch: int, root: Path) -> None:
     if not can_compile():
         pytest.skip("the ptxas and cuobjdump that triton ships do not run here")
     jobs = [job(arch, 1, few=True) if arch in (80, 90) else job(arch, 2, "f16", every=False)]
@@ -239,7 +239,7 @@ def test_it_compiles_to_sparse_tensor_cores(arch: int, tmp_path: Path, root: Pat
     # what is 1 becomes a constant: of a down projection, and of one expert of few columns
     jobs += [with_ones(job(arch, 1, few=True), "each")] if arch == 89 else []
     jobs += [with_ones(job(arch, 2), "chunks", "experts", "each")] if arch == 80 else []
-    for one, what in zip(found(jobs, tmp_path, root), jobs, strict=True):
+    for one, what in zip(found(jobs, root), jobs, strict=True):
         eights = int(what.constants["EIGHTS"])
         assert one.stack <= 16, "registers are spilled"
         if "chunks" not in what.types:
