@@ -23,10 +23,10 @@ demo: $(stamp)
 	.venv/bin/python -m llmprune --model demo --sparsity 0.6 --method sparsegpt
 
 test: demo
-	@OMP_NUM_THREADS=1 $(python) -m pytest -n auto
+	@OMP_NUM_THREADS=1 $(python) -m pytest -n auto --dist worksteal
 
 check: lint types
-	@OMP_NUM_THREADS=1 $(python) -m pytest -n auto
+	@OMP_NUM_THREADS=1 $(python) -m pytest -n auto --dist worksteal
 
 lint: $(stamp)
 	$(python) -m ruff format --check .

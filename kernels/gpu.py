@@ -43,6 +43,20 @@ def missing(device: torch.device) -> str | None:
     return _without_triton()
 
 
+def without_gluon(device: torch.device) -> str | None:
+    """Why kernels in Gluon for tensor cores cannot run on `device`, or None. Runs none of them."""
+    if (why := missing(device)) is not None:
+        return why
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"needs compute capability 8.0 for its tensor cores, this GPU has {major}.{minor}"
+    try:
+        from triton.experimental import gluon  # noqa: F401
+    except ImportError as error:
+        return f"needs a triton with Gluon ({error})"
+    return None
+
+
 @cache
 def _without_triton() -> str | None:
     try:

@@ -101,16 +101,7 @@ def unavailable(device: torch.device, n: int) -> str | None:
 
     Compiles the kernel and compares it with its reference, once for each device of a process.
     """
-    if (why := gpu.missing(device)) is not None:
-        return why
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < 8:
-        return f"needs compute capability 8.0, this GPU has {major}.{minor}"
-    try:
-        from . import n8_gluon  # noqa: F401
-    except ImportError as error:
-        return f"needs a triton with Gluon ({error})"
-    return gpu.trial(device, lambda device: _wrong(device, n))
+    return gpu.without_gluon(device) or gpu.trial(device, lambda device: _wrong(device, n))
 
 
 def _wrong(device: torch.device, n: int) -> str | None:

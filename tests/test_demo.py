@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import llmprune
 from llmprune.demo import MODEL_DIR
@@ -14,7 +14,7 @@ WINDOW = 256
 
 @pytest.fixture(scope="module")
 def measured() -> dict[str, PerplexityReport]:
-    """Perplexity on the whole held-out text: dense, and pruned to 60% by each method."""
+    """Perplexity on a part of the held-out text: dense, and pruned to 60% by each method."""
     tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
     ids, name = token_ids("demo", tokenizer)
     found = {}
@@ -24,7 +24,7 @@ def measured() -> dict[str, PerplexityReport]:
             llmprune.prune(
                 model, tokenizer, calibration="demo", sparsity=0.6, method=method, progress=False
             )
-        found[method] = perplexity(model, ids, seqlen=WINDOW, dataset=name)
+        found[method] = perplexity(model, ids, seqlen=WINDOW, dataset=name, limit=150)
     return found
 
 
@@ -45,9 +45,6 @@ def test_at_60_percent_wanda_is_no_worse_than_magnitude(measured):
     assert measured["wanda"].perplexity <= measured["magnitude"].perplexity
 
 
-@pytest.mark.slow
-def test_the_default_window_is_the_trained_one(measured):
-    from transformers import AutoConfig
-
+def test_the_default_window_is_the_trained_one():
     assert AutoConfig.from_pretrained(MODEL_DIR).max_position_embeddings == WINDOW
-    assert measured["dense"].windows >= 400
+    assert len(token_ids("demo", AutoTokenizer.from_pretrained(MODEL_DIR))[0]) >= 400 * WINDOW

@@ -117,6 +117,7 @@ def test_sparsegpts_masks_are_those_of_the_paper_but_for_one_too_many_a_block(
     assert more + less <= 0.001 * WEIGHTS  # measured 119 and 0
 
 
+@extra
 def test_sparsegpts_perplexity_is_that_of_the_paper(
     shared: Path, pruned: Callable[..., Any]
 ) -> None:
