@@ -66,6 +66,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "best untransformed": {"quality": "best", "transforms": ()},
     "best without fisher": {"quality": "best", "fisher": False, "allocation": "uniform"},
     "best, uniform": {"quality": "best", "allocation": "uniform"},
+    "best without own text": {"quality": "best", "generate": 0.0},
     "best on given text": {"quality": "best", "generate": 0.0, "repair_settings": {"epochs": 8.0}},
 }
 FIRST = (
