@@ -185,6 +185,26 @@ def test_the_frontiers_shares_are_of_the_same_seeds(
     assert split["m", "sparsegpt"] == pytest.approx(split["m, 9 windows", "sparsegpt"])
 
 
+def test_the_page_says_what_was_measured(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/frontier.md is of benchmarks/results/frontier.json; what makes it counts draws, and pairs them."""
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    page = importlib.import_module("frontier_page")
+    rows = json.loads(page.CELLS.read_text())["rows"]
+    _, _, below = page.PAGE.read_text().partition(page.HEADING)
+    assert below == page.cells(rows)
+
+    def row(name: str, seed: int, perplexity: float) -> dict[str, Any]:
+        cell = {"model": "m", "pattern": "2:4", "name": name, "seed": seed}
+        return {**cell, "windows": "drawn", "perplexity": perplexity, "seconds": 4.0}
+
+    found = [row("dense", 0, 1.0), *(row("best", s, 1.0 + s) for s in range(3))]
+    found += [row("best untransformed", s, 1.5 + s) for s in (1, 2)]
+    told = page.cells(found)
+    assert "### m: dense 1.000" in told
+    assert "| best |  |  |  | 2.000 ± 0.5774 |  | 4 |" in told
+    assert "| best untransformed |  |  |  | +0.5000 ± 0.0000 (2) |  |" in told
+
+
 def test_fewer_bits_are_set_beside_dense_weights_of_as_many(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
