@@ -12,8 +12,8 @@ loaded model; and the peak memory of the process by then.
 
 Each cell runs in a process of its own and is written when it is done, so that the run may be stopped, or cut
 in parts by `--models`, `--patterns`, `--recipes`, `--seeds` and `--minutes`. What `--out` holds of the same
-weights and settings is not measured again; cells of another commit stay, and are told of, until `--again`.
-The table is printed at the end, alone by `--minutes 0`; `--plot` draws it.
+weights and settings, under whatever name, is not measured again; cells of another commit stay, and are told
+of, until `--again`. The table is printed at the end, alone by `--minutes 0`; `--plot` draws it.
 """
 
 from __future__ import annotations
@@ -78,7 +78,14 @@ FIRST = (
     "balanced",
 )  # every other is told against SparseGPT, which is `fast` too
 HELD = 32  # windows of the test text that the layer error is measured on
-KEY = ("model", "pattern", "name", "seed", "weights", "recipe", "windows")  # what a cell is of
+KEY = (
+    "model",
+    "pattern",
+    "seed",
+    "weights",
+    "recipe",
+    "windows",
+)  # what a cell is of, but its name
 
 
 def main() -> None:
@@ -122,7 +129,11 @@ def run(args: argparse.Namespace, recipes: dict[str, dict[str, Any]]) -> list[st
             if time.monotonic() - begun >= args.minutes * 60:
                 break
             done = [r for r in read(args.out) if all(r[k] == cell[k] for k in KEY)]
-            if done and not (args.again and done[0]["commit"] != commit()):
+            done = [r for r in done if not args.again or r["commit"] == commit()]
+            if any(place(r) == place(cell) for r in done):
+                continue
+            if done:  # one recipe may have two names, such as what a quality has come to be made of
+                add(args.out, {**done[0], "name": cell["name"]})
                 continue
             path = folder(cell["model"], args.models)
             task = {**cell, "path": str(path), **texts.of(cell["model"], path, cell["seed"])}
@@ -174,7 +185,9 @@ def spelled(recipe: dict[str, Any], pattern: str) -> dict[str, Any]:
     asked = {key: value for key, value in recipe.items() if key != "quality"}
     parts = asdict(resolve(recipe["quality"], pattern, Asked(**asked)))
     plain = asdict(Parts())
-    return {key: value for key, value in parts.items() if key == "method" or value != plain[key]}
+    said = {key: value for key, value in parts.items() if key == "method" or value != plain[key]}
+    read_back: dict[str, Any] = json.loads(json.dumps(said))  # lists, as cells of a file have them
+    return read_back
 
 
 def folder(model: str, given: list[str]) -> Path:

@@ -155,6 +155,8 @@ def test_the_frontier_is_measured_cell_by_cell_and_taken_up_again(
     assert picture.stat().st_size > 10_000
     assert "| demo, 4 windows | 2:4 | sparsegpt |" in told("--recipes", "wanda", "--minutes", "0")
     assert json.loads(out.read_text())["rows"] == rows  # nothing was measured again
+    told("--add", "again", '{"method": "sparsegpt"}', "--recipes", "again")
+    assert json.loads(out.read_text())["rows"] == [*rows, {**rows[1], "name": "again"}]
 
 
 def test_the_frontiers_shares_are_of_the_same_seeds(
@@ -183,6 +185,16 @@ def test_the_frontiers_shares_are_of_the_same_seeds(
     ]
     split = {(s["model"], s["name"]): s["excess"] for s in figures.summed([*rows, *fewer])}
     assert split["m", "sparsegpt"] == pytest.approx(split["m, 9 windows", "sparsegpt"])
+
+
+def test_what_a_quality_is_made_of_is_found_again(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    frontier = importlib.import_module("frontier")
+    for name, recipe in frontier.RECIPES.items():
+        said = frontier.spelled(recipe, "2:4")
+        assert json.loads(json.dumps(said)) == said, name
 
 
 def test_the_page_says_what_was_measured(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
