@@ -61,7 +61,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     "sparsegpt + fisher": {"method": "sparsegpt", "allocation": "fisher", "fisher": True},
     "alps + fisher": {"method": "alps", "allocation": "fisher", "fisher": True},
     "balanced": {"quality": "balanced"},
-    "balanced without refit": {"quality": "balanced", "settings": {"refit": False}},
+    "balanced by sparsegpt": {
+        "quality": "balanced",
+        "method": "sparsegpt",
+        "settings": {"refit": True},
+    },
     "balanced without repair": {"quality": "balanced", "repair": False},
     "balanced without fisher": {"quality": "balanced", "fisher": False, "allocation": "uniform"},
     "best": {"quality": "best"},
