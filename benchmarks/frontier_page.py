@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 CELLS, PAGE = ROOT / "benchmarks" / "results" / "frontier.json", ROOT / "docs" / "frontier.md"
 HEADING = "## Cells\n"
 PATTERNS = ("0.5", "0.6", "0.7", "2:4", "4:8")
-WHOLES = ("balanced", "best")  # what the recipes whose names begin with theirs are set beside
+WHOLES = ("balanced by sparsegpt", "balanced", "best rotated", "best weighed", "best")
+"""What recipes whose names begin so are set beside; the first that fits counts."""
 
 Rows = list[dict[str, Any]]
 
@@ -41,23 +42,27 @@ def cells(rows: Rows) -> str:
 
 def _of_model(model: str, rows: Rows) -> str:
     dense = [r["perplexity"] for r in rows if r["name"] == DENSE]
-    names = [name for name in RECIPES if any(r["name"] == name for r in rows)]
+    there = {r["name"]: None for r in rows if r["name"] != DENSE}  # in the order of the file
+    names = [*(name for name in RECIPES if name in there), *(n for n in there if n not in RECIPES)]
     by = {name: {p: _seeds(rows, name, p) for p in PATTERNS} for name in names}
     lines = [f"\n### {model}: dense {dense[0]:.3f}\n", _head("recipe", "seconds")]
     parts: dict[str, list[str]] = {whole: [] for whole in WHOLES}
     for name in names:
-        if whole := next((w for w in WHOLES if name.startswith(w) and name != w), None):
+        whole = next((w for w in WHOLES if name.startswith(w) and name != w), None)
+        if whole in by:
             parts[whole].append(name)
-            continue
         seconds = median(r["seconds"] for r in rows if r["name"] == name)
         shown = [_shown(list(by[name][p].values()), "{:.3f}") for p in PATTERNS]
         lines.append(f"| {name} | {' | '.join(shown)} | {seconds:.0f} |")
     for whole, some in parts.items():
-        if some:
+        beside = [
+            f"| {name} | {' | '.join(shown)} |"
+            for name in some
+            if any(shown := [_beside(by[name][p], by[whole][p]) for p in PATTERNS])
+        ]
+        if beside:
             lines += [f"\nPerplexity above that of `{whole}` on the same draws:\n", _head("recipe")]
-        for name in some:
-            shown = [_shown(_above(by[name][p], by[whole][p]), "{:+.4f}") for p in PATTERNS]
-            lines.append(f"| {name} | {' | '.join(shown)} |")
+        lines += beside
     return "\n".join(lines) + "\n"
 
 
@@ -72,8 +77,8 @@ def _seeds(rows: Rows, name: str, pattern: str) -> dict[int, float]:
     }
 
 
-def _above(mine: dict[int, float], theirs: dict[int, float]) -> list[float]:
-    return [mine[seed] - theirs[seed] for seed in mine if seed in theirs]
+def _beside(mine: dict[int, float], theirs: dict[int, float]) -> str:
+    return _shown([mine[seed] - theirs[seed] for seed in mine if seed in theirs], "{:+.4f}")
 
 
 def _shown(values: list[float], form: str) -> str:

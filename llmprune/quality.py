@@ -127,27 +127,24 @@ QUALITIES: dict[str, Quality] = {
         Parts(method="alps", settings=_QUICK, repair=True, repair_settings={"epochs": 1.0}),
     ),
     "best": Quality(
-        "all there is for the lowest perplexity: the dense model writes more text to calibrate on and is "
-        "rotated (for n:m permuted), then ALPS prunes each block and a repair tunes it, weighed by Fisher "
-        "information",
+        "all that pays for the lowest perplexity: the dense model writes more text to calibrate on (for n:m "
+        "it is permuted), then ALPS prunes each block and a repair tunes it (for a share, both weighed by "
+        "Fisher information)",
         Parts(
             method="alps",
             repair=True,
             repair_settings={"epochs": 4.0},
             allocation="fisher",
-            transforms=("rotate",),
             fisher=True,
             generate=1.0,
         ),
         Parts(
             method="alps",
             repair=True,
-            repair_settings={"epochs": 4.0},
+            repair_settings={"epochs": 6.0},
             transforms=("permute",),
-            fisher=True,
             generate=1.0,
         ),
-        "17 to 20 times the time of SparseGPT" + _WHERE,
     ),
 }
 
