@@ -73,7 +73,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     "best untransformed": {"quality": "best", "transforms": ()},
     "best rotated": {"quality": "best", "transforms": ("rotate",)},
     "best without fisher": {"quality": "best", "fisher": False, "allocation": "uniform"},
-    "best with fisher": {"quality": "best", "fisher": True},
     "best, uniform": {"quality": "best", "allocation": "uniform"},
     "best without own text": {"quality": "best", "generate": 0.0},
     "best on given text": {"quality": "best", "generate": 0.0, "repair_settings": {"epochs": 8.0}},

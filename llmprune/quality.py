@@ -128,8 +128,7 @@ QUALITIES: dict[str, Quality] = {
     ),
     "best": Quality(
         "all that pays for the lowest perplexity: the dense model writes more text to calibrate on (for n:m "
-        "it is permuted), then ALPS prunes each block and a repair tunes it (for a share, both weighed by "
-        "Fisher information)",
+        "it is permuted), then ALPS prunes each block and a repair tunes it, weighed by Fisher information",
         Parts(
             method="alps",
             repair=True,
@@ -141,8 +140,9 @@ QUALITIES: dict[str, Quality] = {
         Parts(
             method="alps",
             repair=True,
-            repair_settings={"epochs": 6.0},
+            repair_settings={"epochs": 4.0},
             transforms=("permute",),
+            fisher=True,
             generate=1.0,
         ),
     ),
