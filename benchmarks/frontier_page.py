@@ -2,8 +2,8 @@
 
     python benchmarks/frontier_page.py
 
-What stands above that heading is written by hand. tests/test_benchmarks.py holds that the page and
-benchmarks/results/frontier.json say the same.
+What stands above that heading is written by hand. It also draws the demo model, the only one with every cell,
+for the README. tests/test_benchmarks.py holds the page against benchmarks/results/frontier.json.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from statistics import fmean, median, stdev
 from typing import Any
 
 from frontier import RECIPES
-from frontier_figures import DENSE, judged
+from frontier_figures import DENSE, draw, judged
 
 ROOT = Path(__file__).resolve().parents[1]
 CELLS, PAGE = ROOT / "benchmarks" / "results" / "frontier.json", ROOT / "docs" / "frontier.md"
@@ -28,8 +28,10 @@ Rows = list[dict[str, Any]]
 
 
 def main() -> None:
-    """Write the page anew."""
+    """Write the page anew, and draw."""
     rows = json.loads(CELLS.read_text())["rows"]
+    drawn = [r for r in rows if r["model"] == "demo" and whole_of(r["name"]) is None]
+    draw(drawn, CELLS.with_suffix(".png"))
     above, _, _ = PAGE.read_text().partition(HEADING)
     PAGE.write_text(above + HEADING + cells(rows))
 
@@ -48,7 +50,7 @@ def _of_model(model: str, rows: Rows) -> str:
     lines = [f"\n### {model}: dense {dense[0]:.3f}\n", _head("recipe", "seconds")]
     parts: dict[str, list[str]] = {whole: [] for whole in WHOLES}
     for name in names:
-        whole = next((w for w in WHOLES if name.startswith(w) and name != w), None)
+        whole = whole_of(name)
         if whole in by:
             parts[whole].append(name)
         seconds = median(r["seconds"] for r in rows if r["name"] == name)
@@ -64,6 +66,11 @@ def _of_model(model: str, rows: Rows) -> str:
             lines += [f"\nPerplexity above that of `{whole}` on the same draws:\n", _head("recipe")]
         lines += beside
     return "\n".join(lines) + "\n"
+
+
+def whole_of(name: str) -> str | None:
+    """Which recipe one that leaves something out of it is set beside; None for what stands alone."""
+    return next((w for w in WHOLES if name.startswith(w) and name != w), None)
 
 
 def _head(first: str, *last: str) -> str:
