@@ -34,7 +34,7 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {  # and how many times as m
     "wanda + swaps": ("wanda", {"refit": True, "refit_swaps": 1}, 1),
     "sparsegpt + swaps": ("sparsegpt", {"refit": True, "refit_swaps": 1}, 1),
     "alps": ("alps", {}, 1),
-    "alps, quick steps": ("alps", {"growth": 1.5}, 1),
+    "alps, quick steps": ("alps", {"growth": 1.2, "look": 1}, 1),
 }
 SWAPS = "wanda + swaps"  # is measured in narrower and wider parts, too
 WIDTHS = (32, swaps.WIDTH, 128)

@@ -19,7 +19,7 @@ from tiny import llama
 
 import llmprune
 from llmprune import allocation as allocations
-from llmprune.allocation.alphapruning import hill
+from llmprune.allocation.alphapruning import AlphaPruning, hill
 from llmprune.allocation.exact import exact
 from llmprune.allocation.levels import count, offered
 from llmprune.cli import main
@@ -191,6 +191,11 @@ class TestPapers:
         )
         assert np.allclose(by_block(report), 0.5 * line / line.mean(), atol=2e-3)
         assert report.calibration is None  # the weights are all it looks at
+
+    def test_no_block_loses_nearly_all(self) -> None:
+        found = AlphaPruning().shares([2.0, 1.0, 1.0, 1.0, 1.0, 1.0], [1] * 6, Unstructured(0.7))
+        assert found[0] == pytest.approx(0.85)  # of 1.14
+        assert found[1:] == pytest.approx([0.7 * 0.7 / 0.8] * 5)
 
     def test_a_matrix_of_zeros_or_of_one_row_has_a_finite_alpha(self) -> None:
         assert hill(torch.zeros(4, 6)) == hill(torch.ones(1, 5)) == pytest.approx(101)

@@ -193,6 +193,9 @@ def test_windows_are_spread_over_all(monkeypatch: Any) -> None:
     assert Fisher(tokens=64).windows(24, 16) == [0, 6, 12, 18]
     assert Fisher(tokens=1).windows(24, 16) == [0]
     assert Fisher().windows(3, 16) == [0, 1, 2]
+    assert Fisher(share=0.25).windows(24, 16) == [0, 4, 8, 12, 16, 20]
+    assert Fisher(share=0.25, tokens=32).windows(24, 16) == [0, 12]
+    assert Fisher(share=0.25).windows(3, 16) == [0]
     part = known(llama(), tokens=64).part(0)
     same_windows = known(llama(), IDS[[0, 6, 12, 18]]).part(0)
     assert part is not None

@@ -17,6 +17,7 @@ class Fisher:
 
     Attributes:
         tokens: that it is measured on: as many whole windows as they make, spread over all, at least one.
+        share: of all windows, the most that it is measured on.
         mix: share of it in the error that a repair lowers; the rest weighs all features alike, for what
             few tokens show of each direction is noise. 0 leaves the repair as it is.
         rows: whether rows of a matrix are weighed against each other, where weights of several compete.
@@ -26,6 +27,7 @@ class Fisher:
     """
 
     tokens: int = 16384
+    share: float = 1.0
     mix: float = 0.5
     rows: bool = True
     temperature: float = 3.0
@@ -34,6 +36,10 @@ class Fisher:
     def __post_init__(self) -> None:
         if self.tokens < 1:
             raise ConfigError(f"setting tokens of fisher is a number from 1 on, got {self.tokens}")
+        if not 0 < self.share <= 1:
+            raise ConfigError(
+                f"setting share of fisher is a share of the windows up to 1, got {self.share:g}"
+            )
         if not 0 <= self.mix <= 1:
             raise ConfigError(f"setting mix of fisher is a share from 0 to 1, got {self.mix:g}")
         if not 0.1 <= self.temperature <= 100:
@@ -45,7 +51,7 @@ class Fisher:
 
     def windows(self, count: int, seqlen: int) -> list[int]:
         """Which of `count` windows of `seqlen` tokens it is measured on."""
-        some = min(count, max(1, self.tokens // seqlen))
+        some = max(1, min(int(count * self.share), self.tokens // seqlen))
         return [i * count // some for i in range(some)]
 
     def together(self, seqlen: int) -> int:

@@ -84,10 +84,13 @@ class Problem:
         return self._gram.double().mul_(inverse / self._unit).mul_(inverse[:, None])
 
 
-def refit(weight: Tensor, keep: Tensor, problem: Problem) -> tuple[Tensor, int]:
+def refit(
+    weight: Tensor, keep: Tensor, problem: Problem, start: Tensor | None = None
+) -> tuple[Tensor, int]:
     """The best values for the kept ones of `weight` [out, in]: as conjugate gradients find them.
 
-    A kept weight of a feature that was never seen stays as it is.
+    They begin at `start`, float32 with features at unit size, or at what is kept of `weight`; where they end
+    does not depend on it. A kept weight of a feature that was never seen stays as it is.
 
     Returns:
         [out, in] in the dtype of `weight`, zero where `keep` is False; and how many rows were not solved.
@@ -96,7 +99,9 @@ def refit(weight: Tensor, keep: Tensor, problem: Problem) -> tuple[Tensor, int]:
     unsolved = 0
     for rows in chunks(*weight.shape):
         mask = keep[rows]
-        y, failed = _solve(weight[rows].float() * problem.scale, mask, problem)
+        v = weight[rows].float() * problem.scale
+        begin = v if start is None else start[rows].where(~problem.dead, v)
+        y, failed = _solve(v, begin, mask, problem)
         found[rows] = (y / problem.scale).to(weight.dtype).where(mask, 0)
         unsolved += failed
     return found, unsolved
@@ -127,15 +132,15 @@ def chunks(rows: int, features: int) -> Iterator[slice]:
     yield from (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
-def _solve(v: Tensor, keep: Tensor, problem: Problem) -> tuple[Tensor, int]:
-    """Minimise (v - y) A (v - y)^T over y with support `keep`, all [rows, features].
+def _solve(v: Tensor, start: Tensor, keep: Tensor, problem: Problem) -> tuple[Tensor, int]:
+    """Minimise (v - y) A (v - y)^T over y with support `keep`, from `start`; all [rows, features].
 
     Every row has steps of its own, and leaves once it is solved.
 
     Returns:
         y float32, and how many rows were not solved.
     """
-    y = v * keep
+    y = start * keep
     out = y.clone()
     goal = (problem.times(v) * keep).square().sum(1).mul_(TOLERANCE**2)
     r = problem.times(v - y) * keep
