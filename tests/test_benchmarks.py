@@ -260,6 +260,18 @@ def test_a_second_family_is_trained_and_loads(root: Path, tmp_path: Path, shape:
     assert config["model_type"] == shape
 
 
+def test_a_quality_is_timed_beside_sparsegpt(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "cost.json"
+    command = [sys.executable, "benchmarks/quality_cost.py", "--width", "64", "--seqlen", "16"]
+    command += ["--counts", "4", "8", "--patterns", "0.5", "--out", str(out)]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["windows"] for row in rows] == [4, 8]
+    assert all(row["times"] > 1 and row["quality"] == "balanced" for row in rows)
+
+
 def test_solvers_are_timed_on_a_wide_layer(root: Path, tmp_path: Path) -> None:
     out = tmp_path / "wide.json"
     command = [sys.executable, "benchmarks/wide_layer.py", "--width", "64", "--rows", "8", "32"]
