@@ -18,6 +18,11 @@ def judged(row: dict[str, Any]) -> str:
     return f"{row['model']}, {last} windows" if last.isdecimal() else row["model"]
 
 
+def error(values: list[float]) -> float | None:
+    """The standard error of their mean; None of a single one."""
+    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
 def summed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A line per model and test text, pattern and recipe, over its seeds."""
     dense = {judged(r): math.log(r["perplexity"]) for r in rows if r["name"] == DENSE}
@@ -42,7 +47,7 @@ def summed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "name": name,
                 "seeds": len(some),
                 "perplexity": fmean(values),
-                "error": stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None,
+                "error": error(values),
                 "excess": fmean(math.log(v) - dense[model] for v in values),
                 "share": mine / theirs if both else None,
                 "layer error": fmean(errors) if errors else None,
@@ -63,10 +68,10 @@ def told(rows: list[dict[str, Any]], commit: str) -> str:
     lines[-1] += " layer error | seconds | peak MB |"
     lines.append("|---" * 10 + "|")
     for s in sorted(summed(rows), key=lambda s: (s["model"], s["pattern"], -s["perplexity"])):
-        error = "" if s["error"] is None else f" ± {s['error']:.3f}"
+        spread = "" if s["error"] is None else f" ± {s['error']:.3f}"
         share = "" if s["share"] is None else f"{s['share']:.2f}"
         layer = "" if s["layer error"] is None else f"{s['layer error']:.4f}"
-        cells = [s["model"], s["pattern"], s["name"], f"{s['perplexity']:.3f}{error}"]
+        cells = [s["model"], s["pattern"], s["name"], f"{s['perplexity']:.3f}{spread}"]
         cells += [str(s["seeds"]), f"{s['excess']:.4f}", share, layer]
         lines.append(f"| {' | '.join(cells)} | {s['seconds']:.1f} | {s['peak']} |")
     commits = sorted({r["commit"] for r in rows})

@@ -9,13 +9,12 @@ for the README. tests/test_benchmarks.py holds the page against benchmarks/resul
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import fmean, median
 from typing import Any
 
 from frontier import RECIPES
-from frontier_figures import DENSE, draw, judged
+from frontier_figures import DENSE, draw, error, judged
 
 ROOT = Path(__file__).resolve().parents[1]
 CELLS, PAGE = ROOT / "benchmarks" / "results" / "frontier.json", ROOT / "docs" / "frontier.md"
@@ -92,9 +91,10 @@ def _shown(values: list[float], form: str) -> str:
     """Mean and its standard error; of fewer draws than three, how many."""
     if not values:
         return ""
-    error = f" ± {stdev(values) / math.sqrt(len(values)):.4f}" if len(values) > 1 else ""
+    spread = error(values)
+    told = "" if spread is None else f" ± {spread:.4f}"
     few = f" ({len(values)})" if len(values) < 3 else ""
-    return form.format(fmean(values)) + error + few
+    return form.format(fmean(values)) + told + few
 
 
 if __name__ == "__main__":
