@@ -3,7 +3,8 @@
     python benchmarks/frontier_page.py
 
 What stands above that heading is written by hand. It also draws the demo model, the only one with every cell,
-for the README. tests/test_benchmarks.py holds the page against benchmarks/results/frontier.json.
+for the README, and prints the figures of its table of qualities. tests/test_benchmarks.py holds page and
+table against benchmarks/results/frontier.json.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from statistics import fmean, median
 from typing import Any
 
 from frontier import RECIPES
-from frontier_figures import DENSE, draw, error, judged
+from frontier_figures import BASE, DENSE, draw, error, judged, summed
 
 ROOT = Path(__file__).resolve().parents[1]
 CELLS, PAGE = ROOT / "benchmarks" / "results" / "frontier.json", ROOT / "docs" / "frontier.md"
@@ -22,6 +23,8 @@ HEADING = "## Cells\n"
 PATTERNS = ("0.5", "0.6", "0.7", "2:4", "4:8")
 WHOLES = ("balanced by sparsegpt", "balanced", "best rotated", "best")
 """What recipes whose names begin so are set beside; the first that fits counts."""
+
+README = ("wikillama-5m", "qwen3-1m, 300 windows", "demo, 300 windows")  # in its table
 
 Rows = list[dict[str, Any]]
 
@@ -33,6 +36,32 @@ def main() -> None:
     draw(drawn, CELLS.with_suffix(".png"))
     above, _, _ = PAGE.read_text().partition(HEADING)
     PAGE.write_text(above + HEADING + cells(rows))
+    for quality in ("balanced", "best"):
+        print(
+            quality, multiple(rows, quality), "times the seconds of sparsegpt:", left(rows, quality)
+        )
+
+
+def left(rows: Rows, quality: str) -> str:
+    """What it leaves of SparseGPT's excess, a cell per pattern with a share per model, as in the README."""
+    found = {(s["model"], s["pattern"]): s for s in summed(rows) if s["name"] == quality}
+    shares = [[found.get((m, p), {}).get("share") for m in README] for p in PATTERNS]
+    return " | ".join(
+        " / ".join("-" if share is None else f"{share:.2f}" for share in some) for some in shares
+    )
+
+
+def multiple(rows: Rows, quality: str) -> str:
+    """The least and the greatest multiple of SparseGPT's seconds, of medians over all cells of a model."""
+    times = []
+    for model in README:
+        here = [
+            [r["seconds"] for r in rows if judged(r) == model and r["name"] == n]
+            for n in (quality, BASE)
+        ]
+        times += [median(here[0]) / median(here[1])] if all(here) else []
+    digits = 1 if max(times) < 10 else 0
+    return f"{min(times):.{digits}f} to {max(times):.{digits}f}"
 
 
 def cells(rows: Rows) -> str:

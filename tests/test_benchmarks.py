@@ -204,6 +204,9 @@ def test_the_page_says_what_was_measured(root: Path, monkeypatch: pytest.MonkeyP
     rows = json.loads(page.CELLS.read_text())["rows"]
     _, _, below = page.PAGE.read_text().partition(page.HEADING)
     assert below == page.cells(rows)
+    readme = (root / "README.md").read_text()
+    for quality in ("balanced", "best"):
+        assert f"| {page.multiple(rows, quality)} | {page.left(rows, quality)} |" in readme
 
     def row(name: str, seed: int, perplexity: float) -> dict[str, Any]:
         cell = {"model": "m", "pattern": "2:4", "name": name, "seed": seed}
