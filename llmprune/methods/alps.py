@@ -133,13 +133,14 @@ class ALPS(Method[Gram]):
         basis = stats.remembered(f"basis {self.damping}", lambda: Basis(problem))
         for weight, share in zip(weights, shares, strict=True):
             keep = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
-            start = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+            best, unsolved = torch.empty_like(keep, dtype=weight.dtype), 0
             apart = isinstance(pattern, NM) or pattern.within in (None, "row")
             for rows in chunks(*weight.shape) if apart else [slice(0, len(weight))]:
                 v = weight[rows].float() * problem.scale
                 one = None if apart else share
-                start[rows], keep[rows] = self._choose(v, problem, basis, pattern, one)
-            best, unsolved = refit(weight, keep, problem, start)
+                z, keep[rows] = self._choose(v, problem, basis, pattern, one)
+                best[rows], failed = refit(weight[rows], keep[rows], problem, z)
+                unsolved += failed
             yield Pruned(best, keep, told(unsolved))
 
     def _choose(
@@ -153,8 +154,8 @@ class ALPS(Method[Gram]):
         towards = (v @ basis.vectors).mul_(basis.values)
         keep = _largest(v, problem, pattern, share)
         mine = keep if share is None else keep[share.own]
-        t, out = v * mine, mine.clone()
-        z = t.clone()
+        t = v * mine
+        z, out = torch.empty_like(t), torch.empty_like(mine)
         index = torch.arange(len(t), device=t.device)
         calm = torch.zeros_like(index)  # looks since the mask of a row changed
         for look in range(MOST):
@@ -165,10 +166,10 @@ class ALPS(Method[Gram]):
                 mine = keep if share is None else keep[share.own]
             moved = (keep != last).any(1)
             moved = moved if share is None else moved.any().expand(len(t))
-            going = calm < still
-            out[index[going]] = mine[going]
-            z[index[going]] = (t * mine)[going]
-            calm = torch.where(going & moved, 0, calm + 1)
+            calm = torch.where((calm < still) & moved, 0, calm + 1)
+            done = calm == still if look < MOST - 1 else calm <= still
+            if bool(done.any()):
+                out[index[done]], z[index[done]] = mine[done], t[done] * mine[done]
             going = calm < still
             left = int(going.sum())
             if left == 0:
