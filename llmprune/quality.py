@@ -123,7 +123,8 @@ QUALITIES: dict[str, Quality] = {
             fisher_settings={"tokens": 8192, "share": 0.25},
         ),
         Parts(method="alps", settings=_QUICK, repair=True, repair_settings={"epochs": 1.0}),
-        "3.0 to 3.7 times the time of SparseGPT" + _WHERE,
+        "3 to 4 times the time of SparseGPT, more with very few windows or on very wide layers"
+        + _WHERE,
     ),
     "best": Quality(
         "all that pays for the lowest perplexity: the dense model writes more text to calibrate on (for n:m "
