@@ -71,7 +71,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     "best": {"quality": "best"},
     "best by sparsegpt": {"quality": "best", "method": "sparsegpt", "settings": {"refit": True}},
     "best untransformed": {"quality": "best", "transforms": ()},
-    "best rotated": {"quality": "best", "transforms": ("rotate",)},
+    "best rotated": {
+        "quality": "best",
+        "transforms": ("rotate",),
+        "transform_settings": {"stream": "learned"},
+    },
     "best without fisher": {"quality": "best", "fisher": False, "allocation": "uniform"},
     "best, uniform": {"quality": "best", "allocation": "uniform"},
     "best without own text": {"quality": "best", "generate": 0.0},

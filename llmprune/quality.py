@@ -127,13 +127,16 @@ QUALITIES: dict[str, Quality] = {
         + _WHERE,
     ),
     "best": Quality(
-        "all that pays for the lowest perplexity: the dense model writes more text to calibrate on (for n:m "
-        "it is permuted), then ALPS prunes each block and a repair tunes it, weighed by Fisher information",
+        "all that pays for the lowest perplexity: the dense model writes more text to calibrate on and has "
+        "its values rotated (for n:m it is permuted), then ALPS prunes each block and a repair tunes it, "
+        "weighed by Fisher information",
         Parts(
             method="alps",
             repair=True,
             repair_settings={"epochs": 4.0},
             allocation="fisher",
+            transforms=("rotate",),
+            transform_settings={"stream": "identity"},
             fisher=True,
             generate=1.0,
         ),
