@@ -41,12 +41,13 @@ def main() -> None:
         print(
             quality, multiple(rows, quality), "times the seconds of sparsegpt:", left(rows, quality)
         )
+        print(f"  on {DRAWN[0]}:", left(rows, quality, DRAWN[:1]))
 
 
-def left(rows: Rows, quality: str) -> str:
+def left(rows: Rows, quality: str, models: tuple[str, ...] = README) -> str:
     """What it leaves of SparseGPT's excess, a cell per pattern with a share per model, as in the README."""
     found = {(s["model"], s["pattern"]): s for s in summed(rows) if s["name"] == quality}
-    shares = [[found.get((m, p), {}).get("share") for m in README] for p in PATTERNS]
+    shares = [[found.get((m, p), {}).get("share") for m in models] for p in PATTERNS]
     return " | ".join(
         " / ".join("-" if share is None else f"{share:.2f}" for share in some) for some in shares
     )

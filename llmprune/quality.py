@@ -148,7 +148,7 @@ QUALITIES: dict[str, Quality] = {
             fisher=True,
             generate=1.0,
         ),
-        "17 to 20 times the time of SparseGPT" + _WHERE,
+        "17 to 18 times the time of SparseGPT" + _WHERE,
     ),
 }
 

@@ -200,13 +200,17 @@ def test_what_a_quality_is_made_of_is_found_again(
 def test_the_page_says_what_was_measured(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """docs/frontier.md is of benchmarks/results/frontier.json; what makes it counts draws, and pairs them."""
     monkeypatch.syspath_prepend(str(root / "benchmarks"))
-    page = importlib.import_module("frontier_page")
+    frontier, page = (importlib.import_module(m) for m in ("frontier", "frontier_page"))
     rows = json.loads(page.CELLS.read_text())["rows"]
     _, _, below = page.PAGE.read_text().partition(page.HEADING)
     assert below == page.cells(rows)
     readme = (root / "README.md").read_text()
     for quality in ("balanced", "best"):
         assert f"| {page.multiple(rows, quality)} | {page.left(rows, quality)} |" in readme
+        assert page.left(rows, quality, page.DRAWN[:1]).replace(" | ", ", ") in readme
+        for r in rows:  # figures are of what the quality is made of today
+            if r["name"] == quality:
+                assert r["recipe"] == frontier.spelled({"quality": quality}, r["pattern"])
 
     def row(name: str, seed: int, perplexity: float) -> dict[str, Any]:
         cell = {"model": "m", "pattern": "2:4", "name": name, "seed": seed}
