@@ -126,9 +126,16 @@ def _pruning_options(parser: argparse.ArgumentParser) -> None:
     )
     names = "class name, fnmatch pattern or re:REGEX; of the whole name or its end"
     group.add_argument(
-        "--targets", nargs="+", default=[], metavar="NAME", help=f"prune these instead ({names})"
+        "--targets",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help=f"prune these instead ({names})",
     )
-    group.add_argument("--ignore", nargs="+", default=[], metavar="NAME", help="leave these dense")
+    group.add_argument(
+        "--ignore", action="extend", nargs="+", default=[], metavar="NAME", help="leave these dense"
+    )
 
 
 def _quality_options(parser: argparse.ArgumentParser) -> None:
@@ -203,7 +210,7 @@ def _allocation_options(parser: argparse.ArgumentParser) -> None:
 def _transform_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("transforms")
     group.add_argument(
-        "--transform", nargs="+", metavar="NAME",
+        "--transform", action="extend", nargs="+", metavar="NAME",
         help="change the dense model first so that it computes the same and prunes better: fold, rotate, "
         "permute, or none (none)",
     )  # fmt: skip

@@ -26,7 +26,13 @@ def eval_parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--batch-size", type=int, help="windows at once (what suits the device)")
     group.add_argument("--bos", action="store_true", help="begin every window with the BOS token")
-    group.add_argument("--tasks", nargs="+", metavar="TASK", help="tasks of lm-eval (extra [eval])")
+    group.add_argument(
+        "--tasks",
+        action="extend",
+        nargs="+",
+        metavar="TASK",
+        help="tasks of lm-eval (extra [eval])",
+    )
     group.add_argument("--limit", type=int, help="examples per task of lm-eval")
     group.add_argument("--num-fewshot", type=int, help="examples in the prompt of lm-eval's tasks")
     output_options(parser)

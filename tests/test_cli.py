@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from llmprune.cli import main
+from llmprune.options import prune_parser
 
 WORDS = [f"w{i}" for i in range(60)]
 
@@ -167,6 +168,18 @@ class TestWholeRun:
         names = [layer["name"] for layer in report["layers"]]
         assert len(names) == 6
         assert all("layers.1" in n and "down_proj" not in n for n in names)
+
+    def test_lists_that_are_given_twice_add_up(self, run):
+        _, shown, _ = run(
+            "--sparsity", "0.5", "--targets", "q_proj", "k_proj", "--targets", "v_proj",
+            "--ignore", "k_proj", "--ignore", "re:.*layers.0", "--json",
+        )  # fmt: skip
+        names = [layer["name"].rsplit(".", 1)[1] for layer in json.loads(shown)["layers"]]
+        assert names == ["q_proj", "v_proj"]
+        parsed = prune_parser().parse_args(
+            ["--model", "x", "--sparsity", "2:4", "--transform", "rotate", "--transform", "permute"]
+        )
+        assert parsed.transform == ["rotate", "permute"]
 
     def test_ragged_dense_leaves_and_reports(self, run):
         _, shown, _ = run("--sparsity", "16:32", "--ragged", "dense", "--json")
