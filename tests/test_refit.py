@@ -212,6 +212,26 @@ def test_alps_hands_the_refit_values_that_are_nearly_right(
     torch.testing.assert_close(pruned.weight, cold, rtol=1e-3, atol=1e-4)
 
 
+def test_a_wider_tolerance_is_kept_and_saves_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, inputs = problem(64, 128, tokens=200)
+    steps: list[int] = []
+    plain = refit.Problem.times
+
+    def counted(self: refit.Problem, v: Tensor) -> Tensor:
+        steps[-1] += 1
+        return plain(self, v)
+
+    monkeypatch.setattr(refit.Problem, "times", counted)
+    left = []
+    for tolerance in (1e-5, 1e-2):
+        steps.append(0)
+        pruned = run("alps", weight, inputs, NM(2, 4), growth=2, look=1, tolerance=tolerance)
+        left.append(kkt(weight, pruned, inputs, 0.3))
+        assert left[-1] < tolerance
+    assert left[0] < left[1] / 10
+    assert steps[1] < steps[0] / 2
+
+
 @pytest.mark.parametrize("name", ["wanda", "alps"])
 def test_features_never_seen_keep_their_weights_or_lose_them_first(name: str) -> None:
     weight, inputs = problem(8, 40)
@@ -370,6 +390,7 @@ def test_every_method_that_does_not_refit_offers_one() -> None:
         ("alps", {"damping": "-1"}, "damping is a number of at least 0, got -1"),
         ("alps", {"growth": 1}, "growth is a factor from 1.01 to 10, got 1"),
         ("alps", {"look": 0}, "look is a number of steps from 1 to 100, got 0"),
+        ("alps", {"tolerance": 0}, "tolerance is a number from 1e-05 to 1, got 0"),
         ("ria", {"power": -1}, "0 to 10, got -1"),
     ],
 )

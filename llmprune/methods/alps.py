@@ -37,6 +37,7 @@ from llmprune.methods.base import Method, Pruned, Share, register
 from llmprune.methods.refit import (
     DAMPING,
     FEWEST,
+    TOLERANCE,
     UNIT,
     Problem,
     check_damping,
@@ -94,6 +95,7 @@ class ALPS(Method[Gram]):
     damping: float = DAMPING  # on a diagonal of ones, at one token per feature
     growth: float = 1.1  # of rho, per look
     look: int = 3  # steps between two looks at what has changed: the paper's number
+    tolerance: float = TOLERANCE  # of the refit: how far from flat the slope of a row may stay
 
     stats: ClassVar[type[Gram]] = Gram
     within: ClassVar[Within] = "matrix"
@@ -106,6 +108,10 @@ class ALPS(Method[Gram]):
             raise ConfigError(f"growth is a factor from 1.01 to 10, got {self.growth:g}")
         if not 1 <= self.look <= 100:
             raise ConfigError(f"look is a number of steps from 1 to 100, got {self.look}")
+        if not TOLERANCE <= self.tolerance <= 1:
+            raise ConfigError(
+                f"tolerance is a number from {TOLERANCE:g} to 1, got {self.tolerance:g}"
+            )
 
     def needs_tokens(self, features: int) -> int:
         """A number that does not depend on the inputs: damping makes up for those that few tokens show."""
@@ -139,7 +145,7 @@ class ALPS(Method[Gram]):
                 v = weight[rows].float() * problem.scale
                 one = None if apart else share
                 z, keep[rows] = self._choose(v, problem, basis, pattern, one)
-                best[rows], failed = refit(weight[rows], keep[rows], problem, z)
+                best[rows], failed = refit(weight[rows], keep[rows], problem, z, self.tolerance)
                 unsolved += failed
             yield Pruned(best, keep, told(unsolved))
 

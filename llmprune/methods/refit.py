@@ -85,12 +85,17 @@ class Problem:
 
 
 def refit(
-    weight: Tensor, keep: Tensor, problem: Problem, start: Tensor | None = None
+    weight: Tensor,
+    keep: Tensor,
+    problem: Problem,
+    start: Tensor | None = None,
+    tolerance: float = TOLERANCE,
 ) -> tuple[Tensor, int]:
     """The best values for the kept ones of `weight` [out, in]: as conjugate gradients find them.
 
     They begin at `start`, float32 with features at unit size, or at what is kept of `weight`; where they end
-    does not depend on it. A kept weight of a feature that was never seen stays as it is.
+    does not depend on it, but within `tolerance`, which is of the kind of `TOLERANCE`. A kept weight of a
+    feature that was never seen stays as it is.
 
     Returns:
         [out, in] in the dtype of `weight`, zero where `keep` is False; and how many rows were not solved.
@@ -101,7 +106,7 @@ def refit(
         mask = keep[rows]
         v = weight[rows].float() * problem.scale
         begin = v if start is None else start[rows].where(~problem.dead, v)
-        y, failed = _solve(v, begin, mask, problem)
+        y, failed = _solve(v, begin, mask, problem, tolerance)
         found[rows] = (y / problem.scale).to(weight.dtype).where(mask, 0)
         unsolved += failed
     return found, unsolved
@@ -132,7 +137,9 @@ def chunks(rows: int, features: int) -> Iterator[slice]:
     yield from (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
-def _solve(v: Tensor, start: Tensor, keep: Tensor, problem: Problem) -> tuple[Tensor, int]:
+def _solve(
+    v: Tensor, start: Tensor, keep: Tensor, problem: Problem, tolerance: float
+) -> tuple[Tensor, int]:
     """Minimise (v - y) A (v - y)^T over y with support `keep`, from `start`; all [rows, features].
 
     Every row has steps of its own, and leaves once it is solved.
@@ -142,7 +149,7 @@ def _solve(v: Tensor, start: Tensor, keep: Tensor, problem: Problem) -> tuple[Te
     """
     y = start * keep
     out = y.clone()
-    goal = (problem.times(v) * keep).square().sum(1).mul_(TOLERANCE**2)
+    goal = (problem.times(v) * keep).square().sum(1).mul_(tolerance**2)
     r = problem.times(v - y) * keep
     p, size = r, r.square().sum(1)
     index = torch.arange(len(v), device=v.device)
