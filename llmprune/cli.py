@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import select
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
@@ -19,19 +20,34 @@ if TYPE_CHECKING:
     from llmprune.parallel import Ranks
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+UNREAD = 141  # 128 + SIGPIPE
 TERMINATED = 143  # 128 + SIGTERM
 _COMMANDS = ("prune", "eval", "inspect", "convert", "methods", "allocations", "qualities")
 
 
 def entry() -> NoReturn:
     """Run the command line and exit with its status."""
-    status = main(sys.argv[1:])
+    try:
+        status = main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _unread():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        status = UNREAD
     if status == INTERRUPTED:
         # where Ctrl-C met an exec() during an import, Python would still die of the signal at exit
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
+
+
+def _unread() -> bool:
+    """Whether nobody reads standard output any more, as of `llmprune methods | true`."""
+    asked = select.poll()
+    asked.register(sys.stdout, 0)
+    return any(event & select.POLLERR for _, event in asked.poll(0))
 
 
 def main(argv: Sequence[str]) -> int:

@@ -398,6 +398,17 @@ class TestWrongInput:
         refused(run("--sparsity", "0.5", "--push-to-hub", "no spaces/here please"), "user/name")
 
 
+def test_what_nobody_reads_to_the_end_is_no_error():
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "llmprune", "methods"],
+        stdout=writing, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1],
+    )  # fmt: skip
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 @pytest.mark.parametrize("delay", [0.0, 0.3, 1.0])
 def test_ctrl_c_leaves_nothing_and_exits_130(tiny, text, tmp_path, delay):
     """Interrupt a run that would take a minute, some time after it has begun to speak."""
