@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import select
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
@@ -13,6 +12,7 @@ from llmprune.errors import ConfigError, Echoed, LLMPruneError, Lost, Stopped, n
 from llmprune.options import parser_for, prune_parser
 from llmprune.other_options import convert_parser, eval_parser
 from llmprune.parallel import joined, started
+from llmprune.stopping import unread
 
 if TYPE_CHECKING:
     from llmprune.choices import ModelChoice, Voice
@@ -31,7 +31,7 @@ def entry() -> NoReturn:
         status = main(sys.argv[1:])
         sys.stdout.flush()
     except BrokenPipeError:
-        if not _unread():
+        if not unread():
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         status = UNREAD
@@ -41,13 +41,6 @@ def entry() -> NoReturn:
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
-
-
-def _unread() -> bool:
-    """Whether nobody reads standard output any more, as of `llmprune methods | true`."""
-    asked = select.poll()
-    asked.register(sys.stdout, 0)
-    return any(event & select.POLLERR for _, event in asked.poll(0))
 
 
 def main(argv: Sequence[str]) -> int:

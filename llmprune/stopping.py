@@ -1,8 +1,10 @@
-"""SIGTERM: finish the block in hand, then stop; where there is none, stop at once."""
+"""SIGTERM: finish the block in hand, then stop; with none, stop at once. And output that nobody reads."""
 
 from __future__ import annotations
 
+import select
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,3 +71,10 @@ def on_sigterm(ranks: Ranks = ALONE) -> Iterator[Stopping]:
         yield stopping
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def unread() -> bool:
+    """Whether nobody reads standard output any more, as of `llmprune methods | true`."""
+    asked = select.poll()
+    asked.register(sys.stdout, 0)
+    return any(event & select.POLLERR for _, event in asked.poll(0))
