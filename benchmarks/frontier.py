@@ -66,6 +66,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "method": "sparsegpt",
         "settings": {"refit": True},
     },
+    "balanced, refit to the end": {"quality": "balanced", "settings": {"tolerance": 1e-5}},
     "balanced without repair": {"quality": "balanced", "repair": False},
     "balanced without fisher": {"quality": "balanced", "fisher": False, "allocation": "uniform"},
     "best": {"quality": "best"},
