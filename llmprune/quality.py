@@ -125,8 +125,7 @@ QUALITIES: dict[str, Quality] = {
             fisher_settings={"tokens": 8192, "share": 0.25},
         ),
         Parts(method="alps", settings=_QUICK, repair=True, repair_settings={"epochs": 1.0}),
-        "2 to 4 times the time of SparseGPT, more with very few windows or on very wide layers"
-        + _WHERE,
+        "2 to 4 times the time of SparseGPT, more with few windows on very wide layers" + _WHERE,
     ),
     "best": Quality(
         "all that pays for the lowest perplexity: the dense model writes more text to calibrate on and has "
