@@ -37,7 +37,6 @@ def entry() -> NoReturn:
         status = UNREAD
     if status == INTERRUPTED:
         # where Ctrl-C met an exec() during an import, Python would still die of the signal at exit
-        sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)

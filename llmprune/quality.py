@@ -100,7 +100,7 @@ class Quality:
 _FAST = Parts(method="sparsegpt")
 _QUICK = {"growth": 1.2, "look": 1, "tolerance": 0.01}
 """A third of ALPS' own time, for 1.04 times its loss; and values within a hundredth of where the refit would
-end, as a repair goes on with them: wide layers take most steps for the rest, and perplexity is the same."""
+end, as a repair goes on: wide layers take most steps for the rest, and perplexity hardly differs."""
 _WHERE = (
     ", on a processor and models of a few million parameters (benchmarks/results/frontier.json)"
 )
